@@ -1,0 +1,81 @@
+"""The task that is running: what the engine vouches for, and what `current_task` shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from deferlib.clock import Clock, SystemClock
+from deferlib.core.model import Micros
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
+    """One attempt of one task, as the engine vouches for it."""
+
+    id: int
+    user_name: str  # '' if the task has none
+    queue: str
+    attempt: int  # from 1
+    execution_count: int  # earlier attempts that the target answered
+    eta_micros: Micros
+    deadline_micros: Micros
+    fence: int
+    namespace: str
+    url: str
+    clock: Clock
+
+    @property
+    def name(self) -> str:
+        """The task's name: the user's, or one derived from its id."""
+        return self.user_name or str(self.id)
+
+    @property
+    def retry_count(self) -> int:
+        """How many attempts came before this one."""
+        return self.attempt - 1
+
+    @property
+    def eta(self) -> datetime:
+        """When this attempt was to run (aware, UTC)."""
+        return moment(self.eta_micros)
+
+    @property
+    def deadline(self) -> datetime:
+        """When the engine gives this attempt up (aware, UTC)."""
+        return moment(self.deadline_micros)
+
+    def remaining(self) -> timedelta:
+        """Return the time left until the deadline; negative once it has passed."""
+        return timedelta(microseconds=self.deadline_micros - self.clock.now())
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """What a request that the engine made carries: the attempt, and the headers that are true of it.
+
+    In the environ under `deferlib.claim`, where no HTTP server can put an object.
+    """
+
+    context: TaskContext
+    headers: Mapping[str, str]  # X-AppEngine-… and their values
+
+
+ENVIRON_KEY = "deferlib.claim"
+SYSTEM_CLOCK = SystemClock()
+
+running: ContextVar[TaskContext | None] = ContextVar("deferlib_task", default=None)
+
+
+def current_task() -> TaskContext | None:
+    """Return the task this code runs in, or None outside one."""
+    return running.get()
+
+
+def moment(micros: Micros) -> datetime:
+    """Return *micros* since the epoch as an aware datetime in UTC, at most the year 9999."""
+    return _EPOCH + timedelta(microseconds=min(micros, 253_402_300_799_000_000))

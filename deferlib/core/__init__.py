@@ -1,0 +1,1 @@
+"""The pure part: values and decisions, with no I/O, threads, clock or logging."""

@@ -1,0 +1,459 @@
+"""What to dispatch, when, and what an answer means: every decision of the engine, pure.
+
+The scheduler holds what one engine knows: its queues, what it has in flight, and when to look again. The engine asks
+`plan` and `renewals` (which change no state, so that a failed transaction leaves none), and tells what came of them
+through `settled`, `claimed` and `finished`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple, assert_never
+
+from deferlib.core import bucket
+from deferlib.core.backoff import backoff, may_retry, policy_of
+from deferlib.core.model import (
+    MINUTE,
+    SECOND,
+    Action,
+    Claim,
+    ClaimSpec,
+    Decision,
+    Delivery,
+    Kind,
+    Limiter,
+    Micros,
+    Mode,
+    Outcome,
+    QueueConfig,
+    QueueRow,
+    Result,
+)
+
+CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
+HISTORY = 3  # attempts kept with a task
+ISOLATION_DELAY: Micros = SECOND // 10
+UNRESOLVED_DELAY: Micros = 30 * SECOND
+NEVER: Micros = 2**62
+
+# Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
+_QUARANTINED_LATER = frozenset({"undecodable", "key-unknown", "newer"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the scheduler goes by, beside the queues' own configuration."""
+
+    node: str  # this engine's name as an owner
+    lease: Micros = 30 * SECOND
+    in_process: bool = False
+    base: str = ""  # base URL of the default target
+    targets: Mapping[str, str]  # named targets
+    quarantine_after: Micros = 10 * MINUTE
+
+
+class Claimed(NamedTuple):
+    """What came of a transaction's claims: deliveries to send, and outcomes of those that may not be sent."""
+
+    deliveries: list[Delivery]
+    refused: list[Outcome]
+
+
+class _Flight:
+    __slots__ = ("claim", "renew_at", "until")
+
+    def __init__(self, claim: Claim, renew_at: Micros) -> None:
+        self.claim = claim
+        self.until = claim.until
+        self.renew_at = renew_at
+
+
+class _Queue:
+    __slots__ = ("config", "in_flight", "interval", "look_at", "owned_by_other_until", "paused", "tat")
+
+    def __init__(self, name: str) -> None:
+        self.config = QueueConfig(name=name)
+        self.paused = False
+        self.in_flight = 0
+        self.interval: Micros = 0
+        self.tat: Micros = 0
+        self.look_at: Micros = 0  # when something may be due; 0: look now
+        self.owned_by_other_until: Micros = 0
+
+    def configure(self, row: QueueRow) -> None:
+        if row.config != self.config or row.paused != self.paused:
+            self.look_at = 0
+        self.config = row.config
+        self.paused = row.paused
+        self.interval = bucket.interval_of(row.config.rate) if row.config.rate else 0
+        self.tat = max(self.tat, row.tat)
+
+    def hold(self, now: Micros) -> Decision | None:
+        """Say why nothing of this queue may be dispatched at *now*, or None if something may."""
+        config = self.config
+        if config.mode is Mode.PULL:
+            return Decision(reason="workers lease from a pull queue")
+        if self.paused:
+            return Decision(reason="paused")
+        if config.rate == 0:
+            return Decision(reason="paused: its rate is 0")
+        if config.max_concurrent is not None and self.in_flight >= config.max_concurrent:
+            return Decision(reason=f"at {self.in_flight}/{config.max_concurrent} concurrent")
+        if config.limited and self.owned_by_other_until > now:
+            return Decision(reason="dispatched by another engine", until=self.owned_by_other_until)
+        if self.interval and not bucket.tokens(self.tat, self.interval, config.bucket_size, now):
+            until = bucket.next_token(self.tat, self.interval, config.bucket_size, now)
+            return Decision(reason="waiting for a token", until=until)
+        return None
+
+    def allowance(self, now: Micros) -> int:
+        """Return how many tasks the queue's own limits let through at *now*."""
+        allowed = 1 << 30
+        if self.config.max_concurrent is not None:
+            allowed = min(allowed, self.config.max_concurrent - self.in_flight)
+        if self.interval:
+            allowed = min(allowed, bucket.tokens(self.tat, self.interval, self.config.bucket_size, now))
+        return max(allowed, 0)
+
+
+class Scheduler:
+    """One engine's decisions. Not thread-safe: the engine's thread owns it."""
+
+    def __init__(self, rules: Rules, rng: Random) -> None:
+        self._rules = rules
+        self._rng = rng
+        self._queues: dict[str, _Queue] = {}
+        self._flights: dict[int, _Flight] = {}  # in order of renewal: every lease is equally long
+        self._isolated: int | None = None  # the suspect that runs alone
+        self._turn = 0
+        self._draining = False
+        self.fenced = 0  # settles that came too late
+
+    # --- what the engine asks ---------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """How many deliveries are on their way."""
+        return len(self._flights)
+
+    def configure(self, rows: Iterable[QueueRow]) -> None:
+        """Take the queues as the store has them now."""
+        known = {row.name: row for row in rows}
+        for name in self._queues.keys() - known.keys():
+            del self._queues[name]
+        for name, row in known.items():
+            queue = self._queues.get(name)
+            if queue is None:
+                queue = self._queues[name] = _Queue(name)
+                queue.in_flight = sum(flight.claim.queue == name for flight in self._flights.values())
+            queue.configure(row)
+
+    def woken(self) -> None:
+        """Take a hint: any queue may have something due."""
+        for queue in self._queues.values():
+            queue.look_at = 0
+
+    def drain(self) -> None:
+        """Claim nothing from now on."""
+        self._draining = True
+
+    def plan(self, now: Micros, room: Callable[[str], int]) -> list[ClaimSpec]:
+        """Return how much of which queue to claim at *now*; *room* tells how many deliveries a base URL can still take.
+
+        Changes no state. Queues share the room evenly, those that come short first in the next turn.
+        """
+        if self._draining:
+            return []
+        ready = [queue for queue in self._queues.values() if queue.look_at <= now and queue.hold(now) is None]
+        if not ready:
+            return []
+        start = self._turn % len(ready)
+        ready = ready[start:] + ready[:start]
+        bases = [self._resolve(queue.config.target) or self._rules.base for queue in ready]
+        left = {base: room(base) for base in set(bases)}
+        share = {base: -(-free // bases.count(base)) for base, free in left.items()}
+        specs = []
+        for queue, base in zip(ready, bases, strict=True):
+            count = min(share[base], left[base], queue.allowance(now))
+            if count > 0:
+                left[base] -= count
+                specs.append(self._spec(queue, count, now))
+        return specs
+
+    def limited(self, specs: Iterable[ClaimSpec]) -> list[str]:
+        """Return the limited queues that need this engine as their owner: those it claims from or has in flight."""
+        names = {spec.queue for spec in specs}
+        return [name for name, q in self._queues.items() if q.config.limited and (name in names or q.in_flight)]
+
+    def admit(self, now: Micros, specs: Iterable[ClaimSpec], owned: Mapping[str, Limiter]) -> list[ClaimSpec]:
+        """Return *specs* cut to what the limiters in the store allow; a limited queue of another owner is left out."""
+        admitted = []
+        for spec in specs:
+            queue = self._queues[spec.queue]
+            if queue.config.limited:
+                limiter = owned.get(spec.queue)
+                if limiter is None:
+                    continue
+                count = spec.limit
+                if spec.interval:
+                    count = min(count, bucket.tokens(limiter.tat, spec.interval, queue.config.bucket_size, now))
+                if count <= 0:
+                    continue
+                spec = spec._replace(limit=count)
+            admitted.append(spec)
+        return admitted
+
+    def drained(self, specs: Iterable[ClaimSpec], claims: Iterable[Claim]) -> list[str]:
+        """Return the queues that gave less than asked: when something is due there next must be looked up."""
+        got = _count(claims)
+        return [spec.queue for spec in specs if got.get(spec.queue, 0) < spec.limit]
+
+    def renewals(self, now: Micros) -> list[Outcome]:
+        """Return the renewals due at *now*. Changes no state."""
+        outcomes = []
+        for flight in self._flights.values():
+            if flight.renew_at > now:
+                break
+            claim = flight.claim
+            outcomes.append(Outcome(claim.id, claim.claims, claim.queue, Action.RENEW, now + self._rules.lease))
+        return outcomes
+
+    def wake_at(self, now: Micros, room: Callable[[str], int]) -> Micros:
+        """Return when `Engine.turn` should run next if nothing else happens."""
+        at = NEVER
+        for flight in self._flights.values():
+            at = flight.renew_at
+            break
+        if self._draining:
+            return at
+        for queue in self._queues.values():
+            held = queue.hold(now)
+            if held is not None:
+                if held.until is not None:
+                    at = min(at, max(held.until, queue.look_at))
+            elif queue.look_at < at and room(self._resolve(queue.config.target) or self._rules.base) > 0:
+                at = queue.look_at
+        return at
+
+    # --- what the engine tells --------------------------------------------------------------------------------------
+
+    def settled(self, now: Micros, outcomes: Sequence[Outcome], accepted: Sequence[bool]) -> list[Claim]:
+        """Take the committed settles; return the claims in flight that lost their lease to another one."""
+        lost: list[Claim] = []
+        for outcome, ok in zip(outcomes, accepted, strict=True):
+            if outcome.action is not Action.RENEW:
+                self.fenced += not ok
+                continue
+            flight = self._flights.get(outcome.id)
+            if flight is None or flight.claim.claims != outcome.claims:
+                continue
+            if ok:
+                del self._flights[outcome.id]  # to the end: the order of renewal
+                flight.until = outcome.at
+                flight.renew_at = now + self._rules.lease // 3
+                self._flights[outcome.id] = flight
+            else:
+                self.fenced += 1
+                self._land(flight)
+                lost.append(flight.claim)
+        return lost
+
+    def claimed(
+        self,
+        now: Micros,
+        specs: Sequence[ClaimSpec],
+        claims: Sequence[Claim],
+        due: Mapping[str, Micros],
+        owned: Mapping[str, Limiter],
+        wanted: Iterable[str],
+    ) -> Claimed:
+        """Take the committed claims of *specs* and what else the transaction read; say what to send.
+
+        *due* has the next due time of each drained queue, *owned* the limited queues that this engine owns out of
+        *wanted*. A claim that may not be sent (past its limits, its target unknown) becomes an outcome instead.
+        """
+        self._turn += 1
+        got = _count(claims)
+        for name in wanted:
+            self._owned(name, now, owned.get(name))
+        for spec in specs:
+            queue, count = self._queues[spec.queue], got.get(spec.queue, 0)
+            if count < spec.limit:
+                queue.look_at = due.get(spec.queue, NEVER)
+            if count and spec.interval:
+                queue.tat = bucket.spent(queue.tat, spec.interval, count, now)
+        result = Claimed([], [])
+        for claim in claims:
+            outcome = self._unfit(now, claim)
+            if outcome is None:
+                result.deliveries.append(self._deliver(now, claim))
+            else:
+                result.refused.append(outcome)
+        return result
+
+    def lease_end(self, claim: Claim) -> Micros:
+        """Return when the lease of *claim* ends as far as is committed; 0 once it is lost or over."""
+        flight = self._flights.get(claim.id)
+        return flight.until if flight is not None and flight.claim.claims == claim.claims else 0
+
+    def finished(self, now: Micros, result: Result) -> Outcome | None:
+        """Turn a delivery's result into its outcome; None if the lease was lost and the result counts no more."""
+        flight = self._flights.get(result.id)
+        if flight is None or flight.claim.claims != result.claims:
+            return None
+        self._land(flight)
+        claim = flight.claim
+        match result.kind:
+            case Kind.ANSWERED:
+                return self._answered(now, claim, result)
+            case Kind.TIMEOUT | Kind.MALFORMED:
+                return self._failed(now, claim, result, executed=1)
+            case Kind.UNREACHABLE:
+                return self._again(now, claim, result, executed=0)
+            case Kind.UNKNOWN:
+                return self._again(now, claim, result, executed=0)
+            case Kind.UNSENT:
+                return self._release(claim, now, result.error)
+            case _:
+                assert_never(result.kind)
+
+    # --- deciding ---------------------------------------------------------------------------------------------------
+
+    def _spec(self, queue: _Queue, count: int, now: Micros) -> ClaimSpec:
+        return ClaimSpec(queue.config.name, count, CLAIM_BYTES, now + self._rules.lease, queue.interval)
+
+    def _owned(self, name: str, now: Micros, limiter: Limiter | None) -> None:
+        queue = self._queues.get(name)
+        if queue is None:
+            return
+        if limiter is None:
+            # Ask again within the lease: the owner may have gone, and its ownership ends with its last lease.
+            queue.owned_by_other_until = now + self._rules.lease // 4
+        else:
+            queue.owned_by_other_until = 0
+            queue.tat = limiter.tat
+
+    def _unfit(self, now: Micros, claim: Claim) -> Outcome | None:
+        """Return the outcome of a claim that must not be sent, or None."""
+        config = self._config(claim.queue)
+        if self._rules.in_process and claim.lost >= config.lost_limit:
+            return self._dead(now, claim, f"lost: its process died {claim.lost} times while it ran", claim.history)
+        policy = policy_of(claim.retry, config.retry)
+        if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
+            return self._dead(now, claim, f"retry limit: {claim.failures} failures", claim.history)
+        if self._rules.in_process:
+            # The last chance of a task that may be killing its process: alone, so that it takes no other with it.
+            if claim.lost >= max(config.lost_limit - 1, 1) and self._isolated not in (None, claim.id):
+                return self._release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
+        elif self._resolve(config.target or claim.target) is None:
+            target = config.target or claim.target
+            return self._release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
+        return None
+
+    def _deliver(self, now: Micros, claim: Claim) -> Delivery:
+        config = self._config(claim.queue)
+        if self._rules.in_process and claim.lost >= max(config.lost_limit - 1, 1):
+            self._isolated = claim.id
+        self._flights[claim.id] = _Flight(claim, now + self._rules.lease // 3)
+        queue = self._queues.get(claim.queue)
+        if queue is not None:
+            queue.in_flight += 1
+        base = self._resolve(config.target or claim.target) or self._rules.base
+        return Delivery(claim, base, claim.deadline or config.deadline)
+
+    def _land(self, flight: _Flight) -> None:
+        del self._flights[flight.claim.id]
+        if self._isolated == flight.claim.id:
+            self._isolated = None
+        queue = self._queues.get(flight.claim.queue)
+        if queue is not None:
+            queue.in_flight -= 1
+
+    def _resolve(self, target: str) -> str | None:
+        """Return the base URL of *target*; None if there is no such target."""
+        if not target:
+            return self._rules.base
+        return self._rules.targets.get(target)
+
+    def _config(self, queue: str) -> QueueConfig:
+        known = self._queues.get(queue)
+        return known.config if known is not None else QueueConfig(name=queue)
+
+    def _answered(self, now: Micros, claim: Claim, result: Result) -> Outcome:
+        if result.outcome == "permanent":
+            return self._dead(now, claim, "permanent", _story(claim, result), result)
+        if result.outcome == "unverified":
+            return self._dead(now, claim, "quarantine: unverified", _story(claim, result), result)
+        if 200 <= result.status <= 299:
+            expires = now + self._config(claim.queue).tombstone if claim.name else 0
+            return Outcome(
+                claim.id, claim.claims, claim.queue, Action.DONE, expires, claim.name is not None, 0, 1, result.status
+            )
+        if result.outcome in _QUARANTINED_LATER:
+            if now - claim.first_try >= self._rules.quarantine_after:
+                return self._dead(now, claim, f"quarantine: {result.outcome}", _story(claim, result), result)
+            return self._again(now, claim, result, executed=0)
+        if result.outcome == "untrusted":  # our token, or its key, is refused: the target's fault, not the task's
+            return self._again(now, claim, result, executed=0)
+        return self._failed(now, claim, result, executed=1)
+
+    def _failed(self, now: Micros, claim: Claim, result: Result, *, executed: int) -> Outcome:
+        """Charge a failure that the target reported: retry, or dead once the limits are exceeded."""
+        policy = policy_of(claim.retry, self._config(claim.queue).retry)
+        failures = claim.failures + 1
+        if may_retry(policy, failures, now - claim.first_try):
+            return self._again(now, claim, result, executed=executed, charged=1)
+        return self._dead(now, claim, f"limits: {failures} failures", _story(claim, result), result, charged=1)
+
+    def _again(self, now: Micros, claim: Claim, result: Result, *, executed: int, charged: int = 0) -> Outcome:
+        policy = policy_of(claim.retry, self._config(claim.queue).retry)
+        at = now + backoff(policy, claim.attempts - claim.lost, self._rng)
+        reason, story = _reason(result), _story(claim, result)
+        fence = (claim.id, claim.claims, claim.queue)
+        return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, reason, story)
+
+    def _dead(
+        self, now: Micros, claim: Claim, reason: str, story: str, result: Result | None = None, charged: int = 0
+    ) -> Outcome:
+        expires = now + self._config(claim.queue).tombstone if claim.name else 0
+        status, executed = (result.status, 1) if result is not None else (claim.status, 0)
+        if result is not None and result.error:
+            reason = f"{reason}: {result.error}"
+        fence = (claim.id, claim.claims, claim.queue)
+        named = claim.name is not None
+        return Outcome(*fence, Action.DEAD, expires, named, charged, executed, status, reason[:500], story)
+
+    def _release(self, claim: Claim, at: Micros, reason: str) -> Outcome:
+        return Outcome(claim.id, claim.claims, claim.queue, Action.RELEASE, at, reason=reason)
+
+
+def _count(claims: Iterable[Claim]) -> dict[str, int]:
+    got: dict[str, int] = {}
+    for claim in claims:
+        got[claim.queue] = got.get(claim.queue, 0) + 1
+    return got
+
+
+def _reason(result: Result) -> str:
+    """Return what went wrong in one line."""
+    if result.error:
+        return result.error[:500]
+    return f"HTTP {result.status}" if result.kind is Kind.ANSWERED else str(result.kind)
+
+
+def _story(claim: Claim, result: Result) -> str:
+    """Return the task's last attempts as JSON, this one added: what people will ask for when it fails."""
+    attempts = json.loads(claim.history) if claim.history else []
+    attempts.append(
+        {
+            "attempt": claim.attempts,
+            "at": result.started,
+            "micros": result.ended - result.started,
+            "status": result.status,
+            "error": _reason(result),
+        }
+    )
+    return json.dumps(attempts[-HISTORY:], separators=(",", ":"), ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""The push-queue engine: takes due tasks from the store and delivers them."""

@@ -1,0 +1,47 @@
+"""An engine of the runtime's settings."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import socket
+from collections.abc import Callable
+
+from deferlib.config import Runtime
+from deferlib.core.model import SECOND, Micros, QueueSource
+from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.engine.engine import Engine
+from deferlib.engine.local import LocalTransport, WsgiApp
+from deferlib.engine.transport import Transport
+
+
+def build(runtime: Runtime, app: WsgiApp | None = None, *, step: Callable[[str], None] | None = None) -> Engine:
+    """Return an engine on the runtime's store that calls *app* in this process, or, without one, pushes over HTTP.
+
+    Applies the configured queues to the store.
+    """
+    configs = runtime.queues()
+    runtime.store.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))
+    lease: Micros = round(runtime.settings["lease"] * SECOND)
+    node = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    rules = Rules(
+        node=node,
+        lease=lease,
+        in_process=app is not None,
+        base="" if app is not None else runtime.settings["app"],
+        targets={} if app is not None else runtime.settings["targets"],
+    )
+    scheduler = Scheduler(rules, random.Random())
+    options = {} if step is None else {"step": step}
+    return Engine(runtime.store, _transport(runtime, app), scheduler, runtime.clock, node=node, lease=lease, **options)
+
+
+def _transport(runtime: Runtime, app: WsgiApp | None) -> Transport:
+    concurrency = runtime.settings["concurrency"]
+    if app is not None:
+        return LocalTransport(app, runtime.clock, threads=concurrency)
+    from deferlib.engine.dispatch import signer
+    from deferlib.engine.http import HttpTransport
+
+    return HttpTransport(signer(runtime.ring, runtime.clock), runtime.clock, concurrency=concurrency or 32)

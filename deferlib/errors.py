@@ -1,0 +1,243 @@
+"""Every error deferlib raises, as one tree under `Error`; a class's docstring is its default message.
+
+Names that App Engine's `taskqueue` and `deferred` modules had keep their name and their place in the tree.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+
+
+class Error(Exception):
+    """deferlib could not do what was asked."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(args or (type(self).__doc__,)))
+
+
+# --- adding tasks: App Engine's names -------------------------------------------------------------------------------
+
+
+class UnknownQueueError(Error):
+    """The queue does not exist in the store."""
+
+
+class TransientError(Error):
+    """The store could not serve this call now; the same call may succeed in a moment."""
+
+
+class InternalError(Error):
+    """deferlib met a state that its own rules exclude; please report it."""
+
+
+class InvalidQueueError(Error):
+    """The queue's configuration is invalid."""
+
+
+class InvalidQueueNameError(InvalidQueueError):
+    """A queue's name is 1 to 100 letters, digits and hyphens."""
+
+
+class InvalidTaskError(Error):
+    """The task's arguments contradict each other or are out of range."""
+
+
+class InvalidTaskNameError(InvalidTaskError):
+    """A task's name is 1 to 500 letters, digits, hyphens and underscores."""
+
+
+class InvalidUrlError(InvalidTaskError):
+    """A task's URL is a path that starts with '/', without scheme, host and fragment."""
+
+
+class InvalidEtaError(InvalidTaskError):
+    """A task's ETA is at most 30 days ahead."""
+
+
+class TaskTooLargeError(InvalidTaskError):
+    """The task is larger than its limit."""
+
+
+class TransactionalRequestTooLargeError(TaskTooLargeError):
+    """The tasks added in one transaction are larger than the limit."""
+
+
+class TaskAlreadyExistsError(InvalidTaskError):
+    """A task of this name is waiting in the queue."""
+
+
+class TombstonedTaskError(InvalidTaskError):
+    """A task of this name was in the queue before; the name is free again when its tombstone expires."""
+
+
+class DuplicateTaskNameError(Error):
+    """One call may not add or delete two tasks of the same name."""
+
+
+class TooManyTasksError(Error):
+    """Too many tasks in one call."""
+
+
+class BadTaskStateError(Error):
+    """The task was added or deleted before; build a new Task to add it again."""
+
+
+class BadTransactionStateError(Error):
+    """A transactional add needs a transaction."""
+
+
+class DatastoreError(Error):
+    """The datastore failed."""
+
+
+class PermissionDeniedError(Error):
+    """The operation is not allowed on this queue."""
+
+
+class InvalidTaskRetryOptionsError(Error):
+    """The retry options contradict each other or are out of range."""
+
+
+class InvalidLeaseTimeError(Error):
+    """A lease lasts from 0 seconds to 7 days."""
+
+
+class InvalidMaxTasksError(Error):
+    """One call leases from 1 to 1,000 tasks."""
+
+
+class InvalidDeadlineError(Error):
+    """A deadline is a number of seconds above 0."""
+
+
+class InvalidQueueModeError(Error):
+    """A push queue takes push tasks, a pull queue tasks of method PULL."""
+
+
+class TaskLeaseExpiredError(Error):
+    """The lease on the task has expired, or belongs to another worker now."""
+
+
+class QueuePausedError(Error):
+    """The queue is paused."""
+
+
+class InvalidTagError(Error):
+    """A tag has at most 500 characters."""
+
+
+class InvalidDispatchDeadlineError(Error):
+    """A dispatch deadline is between 15 seconds and 24 hours, in microseconds."""
+
+
+class UnpicklableCallError(Error, pickle.PicklingError):
+    """The call can't be pickled."""
+
+
+# --- the handler: App Engine's names --------------------------------------------------------------------------------
+
+
+class DeferredError(Error):
+    """A deferred call failed in a way its author declared."""
+
+
+class PermanentTaskFailure(DeferredError):
+    """The task failed and must not be tried again."""
+
+
+class SingularTaskFailure(DeferredError):
+    """The task failed this time; try it again, quietly."""
+
+
+class DeadlineExceededError(BaseException):
+    """The call's dispatch deadline is near; save what matters and return.
+
+    Outside `Error` and `Exception`, as on App Engine, so that a broad `except Exception` doesn't swallow it.
+    """
+
+
+# --- payloads and tokens --------------------------------------------------------------------------------------------
+
+
+class PayloadError(Error):
+    """The payload can't be run."""
+
+
+class PayloadUnverifiedError(PayloadError):
+    """The payload's signature is wrong: it was altered, or moved to another task."""
+
+
+class PayloadKeyUnknownError(PayloadError):
+    """The payload was signed with a key that this process doesn't have."""
+
+
+class PayloadNewerError(PayloadError):
+    """The payload has a newer format than this version of deferlib reads."""
+
+
+class PayloadUndecodableError(PayloadError):
+    """The payload is genuine, but its call can't be unpickled here."""
+
+
+class TokenError(Error):
+    """The request carries no valid dispatch token."""
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+class ConfigError(Error):
+    """A setting has a value that isn't allowed."""
+
+
+class KeyringError(ConfigError):
+    """The signing keys can't be used."""
+
+
+class AppError(ConfigError):
+    """The application can't be loaded."""
+
+
+class NotAvailableError(Error, NotImplementedError):
+    """This part of deferlib's public surface isn't available in this version."""
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+class StoreError(Error):
+    """The store failed."""
+
+
+class StoreBusyError(StoreError, TransientError):
+    """Another process holds the store's write lock for too long; nothing was written."""
+
+
+class StoreUnavailableError(StoreError, TransientError):
+    """The store can't be reached; nothing was written."""
+
+
+class StoreFullError(StoreError):
+    """The disk is full; nothing was written. Free some space: deliveries go on and the same call will succeed."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The store can't be written to."""
+
+
+class StoreCorruptError(StoreError):
+    """The store is not a sound deferlib database; it is left untouched."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer version of deferlib; upgrade this one."""
+
+
+class EnqueueUnknownError(StoreError):
+    """The store failed while committing: the tasks may have been added or not.
+
+    Adding the same Task objects again (they are in `tasks`) is safe: what was added isn't added twice.
+    """
+
+    tasks: Sequence[object] = ()

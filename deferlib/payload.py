@@ -1,0 +1,254 @@
+"""The payload envelope: a call as bytes, signed, and readable in parts without running any of it.
+
+`docs/reference/formats.md` has the format byte by byte. The order is fixed: sizes first, then the signature, and only
+then, by whoever wants the call itself, the pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import pickle
+import struct
+import sys
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from deferlib.errors import (
+    PayloadKeyUnknownError,
+    PayloadNewerError,
+    PayloadUndecodableError,
+    PayloadUnverifiedError,
+    UnpicklableCallError,
+)
+from deferlib.keys import Key, Keyring
+
+MAGIC = b"dfr"
+VERSION = 1
+PICKLES = 1  # the only codec of version 1
+BOUND = 1  # flag: the signature covers the task's id, name, queue, url and namespace
+BY_VALUE = 2  # flag: a pickle carries code, which only the same minor version of Python can load
+
+_HEAD = struct.Struct(">3sBBBBBB8sQ5H")
+_SIGNATURE = 32
+_LENGTH = struct.Struct(">I")
+_LABEL_BYTES = 200
+
+_references: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
+
+
+class Call(NamedTuple):
+    """A serialized call."""
+
+    body: bytes  # the length of the first pickle, the callable, then (args, kwargs)
+    label: str  # what it calls, for people
+    flags: int
+
+
+class Binding(NamedTuple):
+    """The task that a signature binds a payload to."""
+
+    id: int
+    name: str  # '' if unnamed
+    queue: str
+    url: str
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """A payload taken apart; genuine only as `verify` returns it."""
+
+    flags: int
+    codec: int
+    python_minor: int
+    key_id: bytes
+    binding: Binding
+    label: str
+    signature: bytes
+    signed: bytes  # all that stands before the signature
+    body: bytes
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def dump_call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """Serialize the call of *fn*; `UnpicklableCallError` names what can't be pickled.
+
+    pickle where it suffices; cloudpickle (by value) for lambdas, closures and whatever lives in `__main__`, which the
+    worker's `__main__` doesn't have.
+    """
+    flags = 0
+    reference = _reference(fn)
+    if reference is None:
+        pickled, by_value = _dumps(fn, lambda: f"the callable {describe_callable(fn)}")
+        reference = pickled, describe_callable(fn)
+        flags |= by_value
+    arguments, by_value = _dumps((tuple(args), dict(kwargs)), lambda: _culprit(fn, args, kwargs))
+    callable_pickle, label = reference
+    return Call(_LENGTH.pack(len(callable_pickle)) + callable_pickle + arguments, label, flags | by_value)
+
+
+def seal(call: Call, key: Key, binding: Binding | None) -> bytes:
+    """Return the signed envelope of *call*, bound to a task unless *binding* is None."""
+    flags = call.flags if binding is None else call.flags | BOUND
+    id, *texts = binding or Binding(0, "", "", "", "")
+    fields = [text.encode() for text in texts]
+    fields.append(call.label.encode()[:_LABEL_BYTES])
+    head = _HEAD.pack(
+        MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *(len(field) for field in fields)
+    )
+    signed = b"".join([head, *fields])
+    return b"".join([signed, hmac.digest(key.payload, signed + call.body, hashlib.sha256), call.body])
+
+
+def describe_callable(fn: object) -> str:
+    """Return what a person would call *fn*: `module.qualname`."""
+    owner = fn if hasattr(fn, "__qualname__") else type(fn)
+    return f"{getattr(owner, '__module__', None) or 'builtins'}.{getattr(owner, '__qualname__', '?')}"
+
+
+def _reference(fn: Callable[..., Any]) -> tuple[bytes, str] | None:
+    """Return the pickle of an importable function or class, which is a name only: cached (0.9 µs to 0.1)."""
+    if not isinstance(fn, types.FunctionType | type) or fn.__module__ == "__main__":
+        return None
+    known = _references.get(fn)
+    if known is None:
+        try:
+            known = pickle.dumps(fn, pickle.HIGHEST_PROTOCOL), describe_callable(fn)
+        except Exception:  # pickle raises what it likes; the caller tries cloudpickle next
+            return None
+        _references[fn] = known
+    return known
+
+
+def _dumps(value: object, name: Callable[[], str]) -> tuple[bytes, int]:
+    """Pickle *value*; the flag says whether by value."""
+    try:
+        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except Exception:  # a user's __reduce__ may raise anything
+        data = b"__main__"
+    if b"__main__" not in data:
+        return data, 0
+    import cloudpickle  # 20 ms: only where it is needed
+
+    try:
+        return cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL), BY_VALUE
+    except Exception as error:
+        raise UnpicklableCallError(
+            f"{name()} can't be pickled ({type(error).__name__}: {error}); pass what can be written down, like an id "
+            "or a path, and open it inside the call"
+        ) from error
+
+
+def _culprit(fn: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return which argument it is that can't be pickled."""
+    import cloudpickle
+
+    named = [(f"argument {number}", value) for number, value in enumerate(args, 1)]
+    named += [(f"argument {key!r}", value) for key, value in kwargs.items()]
+    for name, value in named:
+        try:
+            cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # the search is for just that
+            return f"{name} of {describe_callable(fn)} (a {type(value).__qualname__})"
+    return f"the arguments of {describe_callable(fn)}"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def is_envelope(data: bytes) -> bool:
+    """Tell whether *data* claims to be an envelope, of any version."""
+    return data.startswith(MAGIC)
+
+
+def parse(data: bytes) -> Envelope:
+    """Take *data* apart without trusting it.
+
+    `PayloadNewerError` for a later version, codec or flag; `PayloadUnverifiedError` for anything that isn't whole.
+    """
+    if not data.startswith(MAGIC) or len(data) < _HEAD.size:
+        raise PayloadUnverifiedError("not a deferlib payload: unsigned, or cut short")
+    _, version, flags, codec, compression, encryption, minor, key_id, id, *lengths = _HEAD.unpack_from(data)
+    if version != VERSION:
+        raise PayloadNewerError(f"payload version {version}, this deferlib reads {VERSION}")
+    if codec != PICKLES or compression or encryption or flags & ~(BOUND | BY_VALUE):
+        raise PayloadNewerError(
+            f"payload with codec {codec}/{compression}/{encryption} and flags {flags}: a newer format"
+        )
+    end = _HEAD.size + sum(lengths)
+    if len(data) < end + _SIGNATURE:
+        raise PayloadUnverifiedError("the payload is cut short")
+    fields, start = [], _HEAD.size
+    for length in lengths:
+        fields.append(data[start : start + length].decode("utf-8", "replace"))
+        start += length
+    name, queue, url, namespace, label = fields
+    return Envelope(
+        flags=flags,
+        codec=codec,
+        python_minor=minor,
+        key_id=key_id,
+        binding=Binding(id, name, queue, url, namespace),
+        label=label,
+        signature=data[end : end + _SIGNATURE],
+        signed=data[:end],
+        body=data[end + _SIGNATURE :],
+    )
+
+
+def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool = True) -> Envelope:
+    """Return the envelope of *data* if one of the ring's keys signed it, for the task *binding*.
+
+    An envelope that is bound to no task is accepted for any if *unbound*. With *binding* None, for looking only, the
+    binding isn't compared. Raises the `PayloadError` that says what is wrong.
+    """
+    envelope = parse(data)
+    key = ring.get(envelope.key_id)
+    # An unknown key takes the same path, so that the time tells nothing.
+    secret = key.payload if key is not None else ring.signing.payload
+    expected = hmac.digest(secret, envelope.signed + envelope.body, hashlib.sha256)
+    genuine = hmac.compare_digest(expected, envelope.signature)
+    if key is None:
+        raise PayloadKeyUnknownError(
+            f"the payload was signed with key {envelope.key_id.hex()}, which isn't in the ring here"
+        )
+    if not genuine:
+        raise PayloadUnverifiedError("the payload's signature is wrong")
+    if envelope.flags & BOUND:
+        if binding is not None and envelope.binding != binding:
+            raise PayloadUnverifiedError("the payload was signed for another task")
+    elif not unbound:
+        raise PayloadUnverifiedError("the payload is signed for no task in particular, which the settings refuse")
+    return envelope
+
+
+def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Unpickle the call of a *verified* envelope; `PayloadUndecodableError` if it can't be done here."""
+    here = sys.version_info.minor
+    if envelope.flags & BY_VALUE and envelope.python_minor != here:
+        raise PayloadUndecodableError(
+            f"{envelope.label} was pickled by value on Python 3.{envelope.python_minor}, which 3.{here} can't load; "
+            "define it in an importable module"
+        )
+    body = envelope.body
+    try:
+        (length,) = _LENGTH.unpack_from(body)
+        fn = pickle.loads(body[4 : 4 + length])
+        args, kwargs = pickle.loads(body[4 + length :])
+    except Exception as error:  # imports run user code, which may raise anything
+        raise PayloadUndecodableError(f"{envelope.label} can't be loaded: {type(error).__name__}: {error}") from error
+    return fn, args, kwargs
+
+
+def describe(data: bytes) -> str:
+    """Return what *data* calls, without running, unpickling or trusting any of it; '' if it isn't an envelope."""
+    with contextlib.suppress(PayloadUnverifiedError, PayloadNewerError):
+        return parse(data).label
+    return ""

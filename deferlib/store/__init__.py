@@ -1,0 +1,119 @@
+"""The store seam: what the library and the engine ask of a database.
+
+Every verb takes many and takes *now*: one task is a list of length one, and no statement reads a clock. A store is
+opened with `deferlib.config.connect`; nobody else imports the modules beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
+
+from deferlib.core.model import (
+    AddResult,
+    Claim,
+    ClaimSpec,
+    DeleteResult,
+    Limiter,
+    Micros,
+    NewTask,
+    Outcome,
+    Page,
+    QueueConfig,
+    QueueRow,
+    QueueSource,
+    QueueStats,
+    TaskRow,
+)
+
+T = TypeVar("T")
+
+
+class Tx(Protocol):
+    """One transaction: the engine's, the library's own, or the caller's."""
+
+    def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
+        """Insert *tasks*; each one's result stands at its place, and a refused one touches no other."""
+
+    def delete(self, now: Micros, queue: str, names: Sequence[str]) -> list[DeleteResult]:
+        """Delete tasks and dead letters; a name is the user's or the public one. A named task leaves its tombstone."""
+
+    def purge(self, now: Micros, queue: str, limit: int) -> int:
+        """Delete up to *limit* live tasks; return how many. Repeat until 0."""
+
+    def claim(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[Claim]:
+        """Lease due tasks, the longest due first, and raise their fence; spends the tokens of a limited queue."""
+
+    def settle(self, now: Micros, outcomes: Sequence[Outcome]) -> list[bool]:
+        """Apply *outcomes* where the fence still holds; False where it is lost."""
+
+    def reschedule(self, now: Micros, queue: str, names: Sequence[str], eta: Micros) -> int:
+        """Move waiting tasks to *eta*, and bring dead letters back with their attempts at 0; return how many."""
+
+    def next_due(self, queues: Sequence[str]) -> dict[str, Micros]:
+        """Return when something is due next; a queue with nothing live is left out."""
+
+    def queues(self) -> list[QueueRow]:
+        """Return every queue."""
+
+    def put_queues(self, configs: Sequence[QueueConfig], source: QueueSource) -> None:
+        """Insert or update queues; a row from a higher source is left alone, and LIBRARY only inserts."""
+
+    def pause(self, queues: Sequence[str], paused: bool) -> int:
+        """Pause or resume *queues*; return how many there are."""
+
+    def own(self, now: Micros, node: str, ttl: Micros, queues: Sequence[str]) -> dict[str, Limiter]:
+        """Take or renew ownership for *ttl*; return the limiters of those owned now.
+
+        An owner's leases end with its ownership, because both are given for the same time in the same transaction: who
+        takes a queue over finds nothing of the former owner in flight.
+        """
+
+    def disown(self, node: str) -> None:
+        """Give back every queue that *node* owns: it has nothing in flight."""
+
+    def find(self, queue: str | None, names: Sequence[str]) -> list[TaskRow]:
+        """Return the tasks, tombstones and dead letters of these names: the user's first, then the public ones."""
+
+    def tasks(self, queue: str, page: Page) -> list[TaskRow]:
+        """Return a page of a queue's live tasks (the next to run first) or dead letters."""
+
+    def stats(self, now: Micros, queues: Sequence[str]) -> list[QueueStats]:
+        """Return the counts of *queues*."""
+
+    def sweep(self, now: Micros, limit: int) -> int:
+        """Remove up to *limit* expired tombstones and old statistics; return how many. Repeat until 0."""
+
+
+class Store(Protocol):
+    """A database that holds tasks. Safe to share between threads and across fork."""
+
+    def migrate(self) -> None:
+        """Bring the schema to this version; refuse a newer one."""
+
+    def begin(self, *, durable: bool = True) -> AbstractContextManager[Tx]:
+        """Open a write transaction, committed at the end of the block, rolled back if it raises.
+
+        Unless *durable*, a power cut may undo the commit (never tear it); a killed process undoes nothing.
+        """
+
+    def read(self) -> AbstractContextManager[Tx]:
+        """Open a snapshot that takes no write lock."""
+
+    def run(self, work: Callable[[Tx], T]) -> T:
+        """Run *work* in a durable transaction, again if the database asks for it, and wake the engines after commit."""
+
+    def join(self, connection: object) -> Tx:
+        """Return the verbs inside the caller's own transaction on *connection*."""
+
+    def watch(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call *wake* from some thread when tasks may have come. A hint: may lie, may miss; the clock is the truth."""
+
+    def close(self) -> None:
+        """Close every connection; a later use opens them again."""
+
+
+def names_and_ids(names: Iterable[str]) -> list[tuple[str, int | None]]:
+    """Pair each name with the id it would be the public name of, if any."""
+    return [(name, int(name) if len(name) <= 19 and name.isascii() and name.isdigit() else None) for name in names]

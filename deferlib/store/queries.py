@@ -1,0 +1,36 @@
+"""SQL as text in files: each statement stands under a line `-- name: …`, with the same names for every database."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+
+
+@cache
+def load(dialect: str) -> dict[str, str]:
+    """Return the named statements of *dialect*, without their comments."""
+    found: dict[str, str] = {}
+    for file in sorted(_folder(dialect).iterdir(), key=lambda entry: entry.name):
+        if file.name.endswith(".sql"):
+            _, *parts = _NAME.split(file.read_text(encoding="utf-8"))
+            for name, text in zip(parts[::2], parts[1::2], strict=True):
+                if name in found:
+                    raise ValueError(f"two statements are named {name!r}")
+                lines = [line for line in text.splitlines() if not line.lstrip().startswith("--")]
+                found[name] = "\n".join(lines).strip()
+    return found
+
+
+@cache
+def migrations(dialect: str) -> dict[int, str]:
+    """Return the migrations of *dialect* by the version that each leads to."""
+    folder = _folder(dialect).joinpath("migrations")
+    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".sql")), key=lambda entry: entry.name)
+    return {int(entry.name.removesuffix(".sql")): entry.read_text(encoding="utf-8") for entry in files}
+
+
+def _folder(dialect: str) -> resources.abc.Traversable:
+    return resources.files("deferlib.store").joinpath("sql", dialect)

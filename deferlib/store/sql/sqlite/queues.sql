@@ -1,0 +1,61 @@
+-- name: queue_mode
+select mode from queues where name = :queue
+
+-- name: queues
+select config, source, paused, tat, owner, owned_until from queues order by name
+
+-- name: queue_config
+select config from queues where name = :queue
+
+-- name: insert_queue
+insert into queues (name, mode, config, source)
+values (:name, :mode, :config, :source)
+on conflict (name) do nothing
+
+-- name: put_queue
+-- What a command put stays until it is cleared; what a file says replaces what the library inserted.
+insert into queues (name, mode, config, source)
+values (:name, :mode, :config, :source)
+on conflict (name) do update
+set mode = excluded.mode, config = excluded.config, source = excluded.source
+where (queues.source <> 'command' or excluded.source = 'command')
+    and (queues.config <> excluded.config or queues.source <> excluded.source)
+
+-- name: pause
+update queues set paused = :paused where name = :queue returning name
+
+-- name: own
+update queues
+set owner = :node, owned_until = :until
+where name = :queue and (owner = :node or owned_until <= :now)
+returning tat, owned_until
+
+-- name: disown
+update queues set owner = '', owned_until = 0 where owner = :node
+
+-- name: spend
+update queues set tat = max(tat, :now) + :spent where name = :queue
+
+-- name: count
+insert into counts (queue, tasks, dead)
+values (:queue, :tasks, :dead)
+on conflict (queue) do update
+set tasks = tasks + :tasks, dead = dead + :dead
+
+-- name: tally
+insert into minutes (queue, minute, executed, failed)
+values (:queue, :minute, :executed, :failed)
+on conflict (queue, minute) do update
+set executed = executed + :executed, failed = failed + :failed
+
+-- name: counts
+select tasks, dead from counts where queue = :queue
+
+-- name: last_minutes
+-- The running minute, and of the one before it the share that lies within the last 60 seconds.
+select minute, executed, failed from minutes where queue = :queue and minute >= :minute - 1
+
+-- name: sweep_minutes
+delete from minutes
+where (queue, minute) in (select queue, minute from minutes where minute < :minute order by minute limit :limit)
+returning queue

@@ -1,0 +1,225 @@
+-- name: add
+-- A dead letter keeps its id, because replaying it brings that id back.
+insert into tasks (
+    id, nonce, queue, name, eta, due, created, deadline, fail_fast, size,
+    method, url, target, headers, namespace, tag, retry, key_id, body
+)
+select
+    :id, :nonce, :queue, :name, :eta, :eta, :created, :deadline, :fail_fast, :size,
+    :method, :url, :target, :headers, :namespace, :tag, :retry, :key_id, :body
+where not exists (select 1 from dead where id = :id)
+on conflict do nothing
+returning id
+
+-- name: nonce_of
+select nonce from tasks where id = :id
+union all
+select nonce from dead where id = :id
+
+-- name: drop_expired_name
+-- A tombstone that has expired makes way even before a sweep removes it.
+delete from tasks
+where queue = :queue and name = :name and due is null and expires <= :now
+returning id
+
+-- name: name_state
+select due is null from tasks where queue = :queue and name = :name
+
+-- name: claim
+-- due > eta at the moment of a claim: the former lease ran out, so that attempt's end is unknown.
+update tasks
+set
+    due = :until,
+    claims = max(claims + 1, :now),
+    attempts = attempts + 1,
+    lost = lost + (due > eta),
+    first_try = coalesce(first_try, :now)
+where id in (
+    select id
+    from (
+        select id, sum(size) over (order by due, id) - size as before
+        from (
+            select id, due, size
+            from tasks
+            where queue = :queue and due <= :now
+            order by due, id
+            limit :limit
+        )
+    )
+    where before < :bytes
+)
+returning
+    id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
+    method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
+
+-- name: claim_tag
+update tasks
+set
+    due = :until,
+    claims = max(claims + 1, :now),
+    attempts = attempts + 1,
+    lost = lost + (due > eta),
+    first_try = coalesce(first_try, :now)
+where id in (
+    select id
+    from (
+        select id, sum(size) over (order by due, id) - size as before
+        from (
+            select id, due, size
+            from tasks
+            where queue = :queue and due <= :now and tag = :tag
+            order by due, id
+            limit :limit
+        )
+    )
+    where before < :bytes
+)
+returning
+    id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
+    method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
+
+-- name: done
+-- Everywhere below: due > eta holds only while leased, so that a settle repeated after an unknown commit changes nothing.
+delete from tasks
+where id = :id and claims = :claims and due > eta
+returning id
+
+-- name: done_named
+update tasks
+set due = null, expires = :at, body = x'', headers = '', reason = '', history = '', size = 0
+where id = :id and claims = :claims and due > eta
+returning id
+
+-- name: retry
+update tasks
+set
+    eta = :at,
+    due = :at,
+    executions = executions + :executed,
+    failures = failures + :charged,
+    status = :status,
+    reason = :reason,
+    history = :history
+where id = :id and claims = :claims and due > eta
+returning id
+
+-- name: renew
+update tasks
+set due = :at
+where id = :id and claims = :claims and due > eta
+returning id
+
+-- name: release
+-- The attempt is refunded, the claim is not.
+update tasks
+set eta = :at, due = :at, attempts = attempts - 1, reason = :reason
+where id = :id and claims = :claims and due > eta
+returning id
+
+-- name: bury
+insert into dead (
+    id, nonce, queue, name, eta, claims, attempts, executions, failures, lost, first_try, died, status, created,
+    deadline, fail_fast, size, method, url, target, headers, namespace, tag, retry, key_id, reason, history, body
+)
+select
+    id, nonce, queue, name, eta, claims, attempts, executions + :executed, failures + :charged, lost, first_try,
+    :now, :status, created, deadline, fail_fast, size, method, url, target, headers, namespace, tag, retry, key_id,
+    :reason, :history, body
+from tasks
+where id = :id and claims = :claims and due > eta
+returning id
+
+-- name: revive
+-- A replayed dead letter starts again; only its claims go on, so that no old fence holds.
+insert into tasks (
+    id, nonce, queue, name, eta, due, claims, created, deadline, fail_fast, size,
+    method, url, target, headers, namespace, tag, retry, key_id, reason, history, body
+)
+select
+    id, nonce, queue, name, :eta, :eta, claims, created, deadline, fail_fast, size,
+    method, url, target, headers, namespace, tag, retry, key_id, reason, history, body
+from dead
+where id = :id
+on conflict do nothing
+returning id
+
+-- name: drop_tombstone
+delete from tasks where id = :id and due is null
+
+-- name: drop_dead
+delete from dead where id = :id returning queue
+
+-- name: drop_task
+delete from tasks where id = :id and name is null returning id
+
+-- name: entomb
+update tasks
+set due = null, expires = :expires, body = x'', headers = '', reason = '', history = '', size = 0
+where id = :id and due is not null
+returning id
+
+-- name: reschedule
+-- Not while leased: the attempt on its way decides what comes next.
+update tasks
+set eta = :eta, due = :eta
+where id = :id and due is not null and (due = eta or due <= :now)
+returning id
+
+-- name: purge_page
+select id, name
+from tasks
+where queue = :queue and due is not null
+order by due
+limit :limit
+
+-- name: next_due
+select min(due) from tasks where queue = :queue and due is not null
+
+-- name: ids_by_name
+select id, 0 as dead, due is null as tombstone from tasks where queue = :queue and name = :name
+union all
+select id, 1, 0 from dead where queue = :queue and name = :name
+
+-- name: ids_by_id
+select id, 0 as dead, due is null as tombstone from tasks where id = :id and queue = :queue
+union all
+select id, 1, 0 from dead where id = :id and queue = :queue
+
+-- name: queues_by_name
+select queue from tasks where name = :name
+union
+select queue from dead where name = :name
+
+-- name: queues_by_id
+select queue from tasks where id = :id
+union
+select queue from dead where id = :id
+
+-- name: task_row
+select
+    id, queue, name, eta, due, claims, attempts, executions, failures, lost, first_try, created, status, reason,
+    method, url, target, headers, namespace, tag, retry, deadline, expires, null as died, history, key_id, body
+from tasks
+where id = :id
+
+-- name: dead_row
+select
+    id, queue, name, eta, null as due, claims, attempts, executions, failures, lost, first_try, created, status, reason,
+    method, url, target, headers, namespace, tag, retry, deadline, null as expires, died, history, key_id, body
+from dead
+where id = :id
+
+-- name: live_page
+select id
+from tasks
+where queue = :queue and due is not null and (due, id) > (:after_due, :after_id)
+order by due, id
+limit :limit
+
+-- name: dead_page
+select id from dead where queue = :queue and id > :after_id order by id limit :limit
+
+-- name: sweep_tombstones
+delete from tasks
+where id in (select id from tasks where expires <= :now order by expires limit :limit)
+returning id

@@ -1,0 +1,118 @@
+"""The SQLite file itself: made whole or not at all, recognised, refused when it isn't ours, and its errors translated."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+
+import apsw
+
+from deferlib import errors
+from deferlib.store import queries
+
+APPLICATION_ID = 0x44_65_66_72  # "Defr", in the file's header
+SCHEMA = max(queries.migrations("sqlite"))
+
+
+def create(path: str) -> None:
+    """Make the file with its schema if there is none.
+
+    It is made under another name and linked into place, so that a crash or a race never leaves an empty file: an empty
+    file is always somebody else's mistake, and is refused instead of being filled (`check_file`).
+    """
+    if os.path.exists(path):
+        return
+    folder = os.path.dirname(path)
+    draft = f"{path}.new-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise errors.StoreUnavailableError(
+            f"{path}: can't be created: {error.strerror}. Make its folder writable, or name another store "
+            "with DEFERLIB_STORE"
+        ) from error
+    try:
+        _fill(draft)
+        with contextlib.suppress(FileExistsError):  # another process was quicker: its file serves as well
+            os.link(draft, path)
+        _sync_folder(folder)
+    finally:
+        os.unlink(draft)
+
+
+def _fill(path: str) -> None:
+    connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
+    try:
+        connection.pragma("page_size", 4096)
+        connection.pragma("application_id", APPLICATION_ID)
+        connection.pragma("user_version", SCHEMA)
+        with connection:
+            for version in sorted(queries.migrations("sqlite")):
+                connection.execute(queries.migrations("sqlite")[version])
+        connection.pragma("journal_mode", "wal")
+    finally:
+        connection.close()
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_file(path: str, connection: apsw.Connection) -> None:
+    """Refuse a file that isn't a sound deferlib store of a version that this one can write."""
+    if os.path.getsize(path) == 0:
+        raise errors.StoreCorruptError(
+            f"{path}: is empty, and a store never is. If it held tasks, restore it from a backup; if it didn't, delete "
+            "it and a new one is made"
+        )
+    if connection.pragma("application_id") != APPLICATION_ID:
+        raise errors.StoreCorruptError(
+            f"{path}: is an SQLite database, but not a deferlib store. Name another file with DEFERLIB_STORE"
+        )
+    version = connection.pragma("user_version")
+    needed = connection.execute("select value from meta where key = 'min_writer'").fetchall()
+    if not needed:
+        raise errors.StoreCorruptError(f"{path}: its schema version is missing. Restore it from a backup")
+    if int(str(needed[0][0])) > SCHEMA:
+        raise errors.StoreVersionError(
+            f"{path}: has schema {version}, this deferlib writes up to {SCHEMA}. Upgrade deferlib, or name another "
+            "store with DEFERLIB_STORE"
+        )
+    if connection.pragma("journal_mode") != "wal":
+        connection.pragma("journal_mode", "wal")
+
+
+@contextlib.contextmanager
+def translated(path: str) -> Iterator[None]:
+    """Turn the driver's errors into ours, with the file's name and the remedy."""
+    try:
+        yield
+    except apsw.BusyError as error:
+        raise errors.StoreBusyError(
+            f"{path}: another process has kept the store locked; nothing was written. Try again, and look for a long "
+            "write transaction"
+        ) from error
+    except apsw.FullError as error:
+        raise errors.StoreFullError(f"{path}: the disk is full; nothing was written. Free some space") from error
+    except apsw.ReadOnlyError as error:
+        raise errors.StoreReadOnlyError(
+            f"{path}: can't be written to. Give this process write access to the file and its folder"
+        ) from error
+    except (apsw.CorruptError, apsw.NotADBError) as error:
+        raise errors.StoreCorruptError(
+            f"{path}: is damaged or no database ({error}); it is left untouched. Restore it from a backup"
+        ) from error
+    except apsw.CantOpenError as error:
+        raise errors.StoreUnavailableError(
+            f"{path}: can't be opened. Check that the file and its folder can be read and written, or name another "
+            "store with DEFERLIB_STORE"
+        ) from error
+    except apsw.Error as error:
+        raise errors.StoreError(f"{path}: {type(error).__name__}: {error}") from error

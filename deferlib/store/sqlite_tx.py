@@ -1,0 +1,325 @@
+"""The store's verbs on SQLite, inside one transaction of an apsw connection.
+
+Safe to check and then write, statement by statement: SQLite has one writer, and a write transaction begins IMMEDIATE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import apsw
+
+from deferlib.core.model import (
+    MINUTE,
+    Action,
+    AddResult,
+    Claim,
+    ClaimSpec,
+    DeleteResult,
+    Limiter,
+    Micros,
+    NewTask,
+    Outcome,
+    Page,
+    QueueConfig,
+    QueueRow,
+    QueueSource,
+    QueueStats,
+    TaskRow,
+    TaskState,
+)
+from deferlib.store import names_and_ids, queries
+
+SQL = queries.load("sqlite")
+_KEEP_MINUTES = 24 * 60
+_SETTLE = {
+    Action.DONE: SQL["done"],
+    Action.RETRY: SQL["retry"],
+    Action.RENEW: SQL["renew"],
+    Action.RELEASE: SQL["release"],
+}
+
+
+class SqliteTx:
+    """One transaction's verbs; `deferlib.store.Tx` says what each does."""
+
+    __slots__ = ("_cursor",)
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._cursor = connection.cursor()
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
+        modes: dict[str, str | None] = {}
+        added: dict[str, int] = {}
+        results = []
+        for task in tasks:
+            queue = task.queue
+            if queue not in modes:
+                modes[queue] = self._value("queue_mode", {"queue": queue})
+            mode = modes[queue]
+            if mode != task.mode:
+                results.append(AddResult.NO_QUEUE if mode is None else AddResult.WRONG_MODE)
+                continue
+            result = self._insert(now, task)
+            if result is AddResult.ADDED:
+                added[queue] = added.get(queue, 0) + 1
+            results.append(result)
+        self._count(added)
+        return results
+
+    def _insert(self, now: Micros, task: NewTask) -> AddResult:
+        values = task._asdict()
+        values["size"] = len(task.body)
+        if self._value("add", values) is not None:
+            return AddResult.ADDED
+        nonces = self._column("nonce_of", {"id": task.id})
+        if nonces:
+            return AddResult.EXISTS if task.nonce in nonces else AddResult.COLLIDED
+        name = {"queue": task.queue, "name": task.name, "now": now}
+        if self._column("drop_expired_name", name):
+            return AddResult.ADDED if self._value("add", values) is not None else AddResult.COLLIDED
+        return AddResult.TOMBSTONED if self._value("name_state", name) else AddResult.TAKEN
+
+    def delete(self, now: Micros, queue: str, names: Sequence[str]) -> list[DeleteResult]:
+        expires = now + self._tombstone(queue)
+        return [self._delete(queue, name, id, expires) for name, id in names_and_ids(names)]
+
+    def _delete(self, queue: str, name: str, id: int | None, expires: Micros) -> DeleteResult:
+        rows = self._resolve(queue, name, id)
+        result = DeleteResult.TOMBSTONED if rows else DeleteResult.UNKNOWN
+        for row_id, is_dead, tombstone in rows:
+            if is_dead:
+                self._run("drop_dead", {"id": row_id})
+                self._count_one(queue, dead=-1)
+                result = DeleteResult.DELETED
+            elif not tombstone:
+                self._remove(row_id, expires)
+                self._count_one(queue, tasks=-1)
+                result = DeleteResult.DELETED
+        return result
+
+    def _remove(self, id: int, expires: Micros) -> None:
+        if self._value("drop_task", {"id": id}) is None:
+            self._run("entomb", {"id": id, "expires": expires})
+
+    def purge(self, now: Micros, queue: str, limit: int) -> int:
+        expires = now + self._tombstone(queue)
+        rows = self._rows("purge_page", {"queue": queue, "limit": limit})
+        for id, _name in rows:
+            self._remove(id, expires)
+        self._count_one(queue, tasks=-len(rows))
+        return len(rows)
+
+    def claim(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[Claim]:
+        claims: list[Claim] = []
+        for spec in specs:
+            values = spec._asdict()
+            values["now"] = now
+            rows = self._rows("claim" if spec.tag is None else "claim_tag", values)
+            if rows and spec.interval:
+                self._run("spend", {"queue": spec.queue, "now": now, "spent": len(rows) * spec.interval})
+            claimed = [Claim._make(row) for row in rows]
+            claimed.sort(key=_by_eta)  # the order of RETURNING is not defined
+            claims += claimed
+        return claims
+
+    def settle(self, now: Micros, outcomes: Sequence[Outcome]) -> list[bool]:
+        groups: dict[tuple[Action, bool], list[Outcome]] = {}
+        for outcome in outcomes:
+            groups.setdefault((outcome.action, outcome.named), []).append(outcome)
+        held: set[int] = set()
+        for (action, named), group in groups.items():
+            if action is Action.DEAD:
+                held.update(outcome.id for outcome in group if self._bury(now, outcome))
+            elif action is Action.DONE and named:
+                held.update(self._each(SQL["done_named"], group))
+            else:
+                held.update(self._each(_SETTLE[action], group))
+        if held:
+            self._tally(now, [outcome for outcome in outcomes if outcome.id in held])
+        return [outcome.id in held for outcome in outcomes]
+
+    def _each(self, sql: str, outcomes: Iterable[Outcome]) -> list[int]:
+        rows = self._cursor.executemany(sql, [outcome._asdict() for outcome in outcomes])
+        return [row[0] for row in rows]
+
+    def _bury(self, now: Micros, outcome: Outcome) -> bool:
+        if self._value("bury", {**outcome._asdict(), "now": now}) is None:
+            return False
+        self._each(SQL["done_named" if outcome.named else "done"], [outcome])
+        return True
+
+    def _tally(self, now: Micros, outcomes: Iterable[Outcome]) -> None:
+        """Keep the counters of what was settled."""
+        totals: dict[str, list[int]] = {}
+        for _id, _claims, queue, action, _at, _named, _charged, executed, *_ in outcomes:
+            total = totals.get(queue)
+            if total is None:
+                total = totals[queue] = [0, 0, 0, 0]
+            if action is Action.DONE:
+                total[0] -= 1
+            elif action is Action.DEAD:
+                total[0] -= 1
+                total[1] += 1
+                total[3] += 1
+            elif action is Action.RETRY:
+                total[3] += 1
+            total[2] += executed
+        for queue, (tasks, dead, executed, failed) in totals.items():
+            self._count_one(queue, tasks=tasks, dead=dead)
+            if executed or failed:
+                values = {"queue": queue, "minute": now // MINUTE, "executed": executed, "failed": failed}
+                self._run("tally", values)
+
+    def reschedule(self, now: Micros, queue: str, names: Sequence[str], eta: Micros) -> int:
+        moved = 0
+        for name, id in names_and_ids(names):
+            for row_id, is_dead, tombstone in self._resolve(queue, name, id):
+                if is_dead:
+                    moved += self._revive(queue, row_id, eta)
+                elif not tombstone:
+                    moved += self._value("reschedule", {"id": row_id, "eta": eta, "now": now}) is not None
+        return moved
+
+    def _revive(self, queue: str, id: int, eta: Micros) -> bool:
+        self._run("drop_tombstone", {"id": id})
+        if self._value("revive", {"id": id, "eta": eta}) is None:
+            return False  # its name is in use again: the dead letter stays
+        self._run("drop_dead", {"id": id})
+        self._count_one(queue, tasks=1, dead=-1)
+        return True
+
+    def next_due(self, queues: Sequence[str]) -> dict[str, Micros]:
+        found = {queue: self._value("next_due", {"queue": queue}) for queue in queues}
+        return {queue: due for queue, due in found.items() if due is not None}
+
+    def sweep(self, now: Micros, limit: int) -> int:
+        swept = len(self._column("sweep_tombstones", {"now": now, "limit": limit}))
+        minute = now // MINUTE - _KEEP_MINUTES
+        return swept + len(self._column("sweep_minutes", {"minute": minute, "limit": limit}))
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def find(self, queue: str | None, names: Sequence[str]) -> list[TaskRow]:
+        found = []
+        for name, id in names_and_ids(names):
+            queues = [queue] if queue is not None else self._queues_of(name, id)
+            for each in queues:
+                rows = self._resolve(each, name, id)
+                buried = {row[0] for row in rows if row[1]}
+                for row_id, is_dead, tombstone in rows:
+                    if is_dead or not (tombstone and row_id in buried):
+                        found.append(self._task("dead_row" if is_dead else "task_row", row_id))
+        return found
+
+    def _queues_of(self, name: str, id: int | None) -> list[str]:
+        queues = self._column("queues_by_name", {"name": name})
+        return queues or ([] if id is None else self._column("queues_by_id", {"id": id}))
+
+    def tasks(self, queue: str, page: Page) -> list[TaskRow]:
+        values = {"queue": queue, "limit": page.limit, "after_due": page.after[0], "after_id": page.after[1]}
+        dead = page.state is TaskState.DEAD
+        ids = self._column("dead_page" if dead else "live_page", values)
+        return [self._task("dead_row" if dead else "task_row", id) for id in ids]
+
+    def _task(self, query: str, id: int) -> TaskRow:
+        cursor = self._cursor.execute(SQL[query], {"id": id})
+        columns = [column[0] for column in cursor.get_description()]
+        return TaskRow(**dict(zip(columns, next(cursor), strict=True)))
+
+    def stats(self, now: Micros, queues: Sequence[str]) -> list[QueueStats]:
+        return [self._stats(now, queue) for queue in queues]
+
+    def _stats(self, now: Micros, queue: str) -> QueueStats:
+        tasks, dead = next(iter(self._rows("counts", {"queue": queue})), (0, 0))
+        minute = now // MINUTE
+        rest = 1 - (now - minute * MINUTE) / MINUTE  # the share of the former minute within the last 60 seconds
+        executed = failed = 0.0
+        for at, ran, broke in self._rows("last_minutes", {"queue": queue, "minute": minute}):
+            weight = 1.0 if at >= minute else rest
+            executed += ran * weight
+            failed += broke * weight
+        return QueueStats(
+            queue=queue,
+            tasks=tasks,
+            dead=dead,
+            oldest_due=self._value("next_due", {"queue": queue}),
+            executed_last_minute=round(executed),
+            failed_last_minute=round(failed),
+        )
+
+    # --- queues -----------------------------------------------------------------------------------------------------
+
+    def queues(self) -> list[QueueRow]:
+        return [
+            QueueRow(
+                config=QueueConfig.from_json(config),
+                source=QueueSource(source),
+                paused=bool(paused),
+                tat=tat,
+                owner=owner,
+                owned_until=owned_until,
+            )
+            for config, source, paused, tat, owner, owned_until in self._rows("queues", {})
+        ]
+
+    def put_queues(self, configs: Sequence[QueueConfig], source: QueueSource) -> None:
+        query = "insert_queue" if source is QueueSource.LIBRARY else "put_queue"
+        for config in configs:
+            values = {"name": config.name, "mode": str(config.mode), "config": config.to_json(), "source": str(source)}
+            self._run(query, values)
+
+    def pause(self, queues: Sequence[str], paused: bool) -> int:
+        return sum(self._value("pause", {"queue": name, "paused": int(paused)}) is not None for name in queues)
+
+    def own(self, now: Micros, node: str, ttl: Micros, queues: Sequence[str]) -> dict[str, Limiter]:
+        owned = {}
+        for queue in queues:
+            row = self._rows("own", {"queue": queue, "node": node, "now": now, "until": now + ttl})
+            if row:
+                owned[queue] = Limiter._make(row[0])
+        return owned
+
+    def disown(self, node: str) -> None:
+        self._run("disown", {"node": node})
+
+    # --- statements -------------------------------------------------------------------------------------------------
+
+    def _resolve(self, queue: str, name: str, id: int | None) -> list[tuple[int, int, int]]:
+        """Return (id, is a dead letter, is a tombstone) of what *name* stands for: a user's name first, then an id."""
+        rows = self._rows("ids_by_name", {"queue": queue, "name": name})
+        if not rows and id is not None and id < 2**63:
+            rows = self._rows("ids_by_id", {"queue": queue, "id": id})
+        return rows
+
+    def _tombstone(self, queue: str) -> Micros:
+        config = self._value("queue_config", {"queue": queue})
+        return (QueueConfig.from_json(config) if config else QueueConfig(name=queue)).tombstone
+
+    def _count(self, added: Mapping[str, int]) -> None:
+        for queue, tasks in added.items():
+            self._count_one(queue, tasks=tasks)
+
+    def _count_one(self, queue: str, *, tasks: int = 0, dead: int = 0) -> None:
+        if tasks or dead:
+            self._run("count", {"queue": queue, "tasks": tasks, "dead": dead})
+
+    def _run(self, query: str, values: Mapping[str, Any]) -> None:
+        self._cursor.execute(SQL[query], values)
+
+    def _rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        return self._cursor.execute(SQL[query], values).fetchall()
+
+    def _column(self, query: str, values: Mapping[str, Any]) -> list[Any]:
+        return [row[0] for row in self._cursor.execute(SQL[query], values)]
+
+    def _value(self, query: str, values: Mapping[str, Any]) -> Any:
+        rows = self._cursor.execute(SQL[query], values).fetchall()
+        return rows[0][0] if rows else None
+
+
+def _by_eta(claim: Claim) -> tuple[Micros, int]:
+    return claim.eta, claim.id

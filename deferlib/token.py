@@ -1,0 +1,130 @@
+"""The dispatch token: what the engine says of one request, signed; made by the engine, verified by the handler.
+
+`docs/reference/formats.md` has the format. The token *contains* all it vouches for, so that proxies which rewrite the
+Host, reorder or fold headers do no harm, and a forged header is simply not in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from deferlib.clock import Clock
+from deferlib.context import Dispatch, TaskContext
+from deferlib.core.model import MINUTE, Micros
+from deferlib.errors import TokenError
+from deferlib.keys import Keyring
+
+HEADER = "X-Deferlib-Signature"
+OUTCOME = "X-Deferlib-Outcome"
+SKEW: Micros = 10 * MINUTE
+MAX_LENGTH = 16_384
+_LONG_QUERY = 200  # longer ones are vouched for by digest
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def sign(
+    ring: Keyring, now: Micros, dispatch: Dispatch, *, method: str, path: str, query: str, body: bytes, deadline: Micros
+) -> str:
+    """Return the token for one request. *path* is decoded; *deadline* is how long the attempt may take."""
+    key, task = ring.signing, dispatch.context
+    vouched: dict[str, Any] = {
+        "m": method,
+        "p": path,
+        "q": query if len(query) <= _LONG_QUERY else hashlib.sha256(query.encode()).hexdigest(),
+        "u": task.url,
+        "b": hashlib.sha256(body).hexdigest(),
+        "i": str(task.id),
+        "n": task.user_name,
+        "d": task.queue,
+        "s": task.namespace,
+        "a": task.attempt,
+        "x": task.execution_count,
+        "e": task.eta_micros,
+        "f": task.fence,
+        "t": now,
+        "l": deadline,
+        "h": dispatch.headers,
+    }
+    text = f"v1.{key.id.hex()}.{_b64(_encode(vouched).encode())}"
+    return f"{text}.{_b64(hmac.digest(key.dispatch, text.encode(), hashlib.sha256))}"
+
+
+class Vouched:
+    """A token whose signature and time hold; `dispatch` compares it with the request it came with."""
+
+    __slots__ = ("_claims", "_clock")
+
+    def __init__(self, claims: Mapping[str, Any], clock: Clock) -> None:
+        self._claims = claims
+        self._clock = clock
+
+    def dispatch(self, *, method: str, path: str, query: str, body: bytes, prefix: str = "") -> Dispatch:
+        """Return what the engine vouches for if the request is the one it made; `TokenError` if not.
+
+        *path* is decoded, SCRIPT_NAME included; *prefix* is what a proxy strips from it on the way.
+        """
+        claims = self._claims
+        if claims["m"] != method:
+            raise TokenError(f"the token is for a {claims['m']} request, this is {method}")
+        if claims["p"] not in (path, prefix + path):
+            raise TokenError(f"the token is for the path {claims['p']!r}, this is {path!r}")
+        if query != claims["q"] and hashlib.sha256(query.encode("latin-1", "replace")).hexdigest() != claims["q"]:
+            raise TokenError("the token is for another query")
+        if not hmac.compare_digest(hashlib.sha256(body).hexdigest(), claims["b"]):
+            raise TokenError("the token is for another body")
+        context = TaskContext(
+            id=int(claims["i"]),
+            user_name=claims["n"],
+            queue=claims["d"],
+            attempt=claims["a"],
+            execution_count=claims["x"],
+            eta_micros=claims["e"],
+            deadline_micros=claims["t"] + claims["l"],
+            fence=claims["f"],
+            namespace=claims["s"],
+            url=claims["u"],
+            clock=self._clock,
+        )
+        return Dispatch(context, claims["h"])
+
+
+def verify(ring: Keyring, clock: Clock, token: str) -> Vouched:
+    """Check signature and time of *token*, before anything of the request's body is read; `TokenError` if they fail."""
+    if len(token) > MAX_LENGTH or not token.isascii():
+        raise TokenError("the token is too long or not ASCII")
+    version, *parts = token.split(".")
+    if version != "v1" or len(parts) != 3:
+        raise TokenError("the token has an unknown format")
+    key_hex, payload, signature = parts
+    try:
+        key = ring.get(bytes.fromhex(key_hex))
+    except ValueError:
+        raise TokenError("the token isn't well-formed") from None
+    secret = key.dispatch if key is not None else ring.signing.dispatch
+    expected = hmac.digest(secret, token[: -len(signature) - 1].encode(), hashlib.sha256)
+    genuine = hmac.compare_digest(
+        _b64(expected), signature
+    )  # as text: decoding ignores the last character's spare bits
+    if key is None:
+        raise TokenError(f"the token was signed with key {key_hex[:16]}, which isn't in the ring here")
+    if not genuine:
+        raise TokenError("the token's signature is wrong")
+    claims = json.loads(_unb64(payload))  # ours, since the signature holds
+    now = clock.now()
+    if not claims["t"] - SKEW <= now <= claims["t"] + claims["l"] + SKEW:
+        raise TokenError("the token has expired, or the clocks differ by more than ten minutes")
+    return Vouched(claims, clock)
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _unb64(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
