@@ -179,9 +179,7 @@ def parse(data: bytes) -> Envelope:
     if version != VERSION:
         raise PayloadNewerError(f"payload version {version}, this deferlib reads {VERSION}")
     if codec != PICKLES or compression or encryption or flags & ~(BOUND | BY_VALUE):
-        raise PayloadNewerError(
-            f"payload with codec {codec}/{compression}/{encryption} and flags {flags}: a newer format"
-        )
+        raise PayloadNewerError(f"payload with codec {codec}/{compression}/{encryption} and flags {flags}: a newer format")
     end = _HEAD.size + sum(lengths)
     if len(data) < end + _SIGNATURE:
         raise PayloadUnverifiedError("the payload is cut short")

@@ -78,9 +78,7 @@ def from_mapping(raw: object, where: str) -> QueueConfig:
         mode=Mode(mode),
         rate=_rate(raw.get("rate"), where),
         bucket_size=_count(raw.get("bucket_size", 5), f"{where}: bucket_size", least=1),
-        max_concurrent=_optional_count(
-            raw.get("max_concurrent_requests"), f"{where}: max_concurrent_requests", least=1
-        ),
+        max_concurrent=_optional_count(raw.get("max_concurrent_requests"), f"{where}: max_concurrent_requests", least=1),
         target=str(raw.get("target") or ""),
         retry=replace(
             _retry(raw.get("retry_parameters") or {}, f"{where}: retry_parameters"),

@@ -108,9 +108,7 @@ def verify(ring: Keyring, clock: Clock, token: str) -> Vouched:
         raise TokenError("the token isn't well-formed") from None
     secret = key.dispatch if key is not None else ring.signing.dispatch
     expected = hmac.digest(secret, token[: -len(signature) - 1].encode(), hashlib.sha256)
-    genuine = hmac.compare_digest(
-        _b64(expected), signature
-    )  # as text: decoding ignores the last character's spare bits
+    genuine = hmac.compare_digest(_b64(expected), signature)  # as text: decoding ignores the last character's spare bits
     if key is None:
         raise TokenError(f"the token was signed with key {key_hex[:16]}, which isn't in the ring here")
     if not genuine:

@@ -38,6 +38,7 @@ KEPT = 2048  # bytes of an answer's body, for its error text
 _NEVER = float("inf")
 _LONGEST = 2**31 - 1  # milliseconds that libcurl takes
 _WATCH = (0, IN, OUT, IN | OUT)  # by CURL_POLL_NONE, IN, OUT, INOUT
+_REMOVE: int = pycurl.POLL_REMOVE
 _STOP = -1  # from a libcurl callback: end this transfer
 
 # What can't be printed, or would reorder the line it is printed in.
@@ -255,7 +256,7 @@ class HttpTransport:
 
     def _watch(self, what: int, descriptor: int, multi: object, data: object) -> None:
         try:
-            if what == pycurl.POLL_REMOVE:
+            if what == _REMOVE:
                 self._watched.discard(descriptor)
                 self._poller.unregister(descriptor)
             elif descriptor in self._watched:
@@ -340,9 +341,11 @@ class _Exchange:
         claim = self.delivery.claim
         if code == 0 or self._room < 0:
             status = self.handle.getinfo(pycurl.RESPONSE_CODE)
-            outcome = self._outcome.decode() if _OUTCOME.match(self._outcome) else ""
-            told = outcome and (outcome != "ok" or not 200 <= status <= 299)
-            error = _plain(self._text.decode(errors="replace")) if told else ""
+            outcome = error = ""
+            if self._outcome == b"ok" and 200 <= status <= 299:  # nearly always; saves 0.5 µs
+                outcome = "ok"
+            elif _OUTCOME.match(self._outcome):
+                outcome, error = self._outcome.decode(), _plain(self._text.decode(errors="replace"))
             return Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error)
         kind, error = self._failure(code, text)
         return Result(claim.id, claim.claims, kind, self.started, now, 0, "", error)
@@ -444,12 +447,10 @@ _MALFORMED = frozenset(
 
 def _header_lines(headers: list[str]) -> Sequence[str | bytes]:
     """Return *headers* as libcurl wants them, without those that it would add by itself."""
-    text = "\n".join([*headers, ""])
-    if "\r" in text or "\0" in text or text.count("\n") != len(headers):
-        raise ValueError("a header contains a line break")  # it would add a header that nobody checked
-    if ":\n" in text or ": \n" in text:  # libcurl drops those, unless they are spelt with a semicolon
-        headers = [line if line.rstrip()[-1:] != ":" else line.rstrip()[:-1] + ";" for line in headers]
-    lines = [*headers, "Expect:", "Content-Type:"]  # the latter goes only where *headers* has none
+    text = "".join(headers)
+    if "\n" in text or "\r" in text or "\0" in text:  # 0.15 µs against a header that nobody checked
+        raise ValueError("a header contains a line break")
+    lines = [*headers, "Expect:", "Content-Type:"]  # a second Content-Type that is empty changes nothing
     return lines if text.isascii() else [line.encode("latin-1") for line in lines]
 
 

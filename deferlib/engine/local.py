@@ -95,9 +95,7 @@ class LocalTransport:
                 self._taken -= 1
                 now = self._clock.now()
                 withdrawn.append(
-                    Result(
-                        delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error="the engine is stopping"
-                    )
+                    Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error="the engine is stopping")
                 )
         return withdrawn
 
@@ -147,9 +145,7 @@ class LocalTransport:
             log.error("the app failed on task %s of queue %s", claim.public_name, claim.queue, exc_info=error)
             answer.status, answer.outcome, answer.error = 500, "", f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
         ended = self._clock.now()
-        return Result(
-            claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, answer.outcome, answer.error
-        )
+        return Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, answer.outcome, answer.error)
 
     def _environ(self, delivery: Delivery, now: Micros) -> dict[str, Any]:
         claim = delivery.claim
@@ -191,9 +187,7 @@ class _Answer:
         self.outcome = ""
         self.error = ""
 
-    def start(
-        self, status: str, headers: Sequence[tuple[str, str]], exc_info: object = None
-    ) -> Callable[[bytes], None]:
+    def start(self, status: str, headers: Sequence[tuple[str, str]], exc_info: object = None) -> Callable[[bytes], None]:
         self.status = int(status[:3])
         for name, value in headers:
             if name.lower() == "x-deferlib-outcome":

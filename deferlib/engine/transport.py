@@ -15,7 +15,7 @@ class Request(NamedTuple):
 
     method: str
     url: str
-    headers: list[str]  # "Name: value"
+    headers: list[str]  # "Name: value"; "Name;" where the value is empty
     body: bytes
 
 

@@ -138,9 +138,7 @@ class SqliteStore:
             # A failed fsync: the frames may or may not be on the disk, and a second fsync would lie. Start afresh.
             self._rollback(connection)
             self._close_connections()
-            raise errors.EnqueueUnknownError(
-                f"{self.path}: the commit failed with an unknown outcome: {error}"
-            ) from error
+            raise errors.EnqueueUnknownError(f"{self.path}: the commit failed with an unknown outcome: {error}") from error
 
     def _rollback(self, connection: apsw.Connection) -> None:
         # An error in a statement may have rolled back already; what can't be rolled back is closed.

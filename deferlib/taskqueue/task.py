@@ -135,9 +135,7 @@ class Task:
     ) -> None:
         now = config.runtime().clock.now()
         if name and not (isinstance(name, str) and limits.TASK_NAME.match(name)):
-            raise InvalidTaskNameError(
-                f"task name {name!r}: 1 to 500 letters, digits, hyphens and underscores are allowed"
-            )
+            raise InvalidTaskNameError(f"task name {name!r}: 1 to 500 letters, digits, hyphens and underscores are allowed")
         self._name = name or None
         self._url = _checked_url(url)
         self._method = _checked_method(method, self._url, headers, target)
@@ -367,9 +365,7 @@ def _checked_eta(countdown: float | None, eta: datetime | None, now: Micros) -> 
         if not isinstance(eta, datetime):
             raise InvalidTaskError(f"an eta is a datetime, not {type(eta).__name__}")
         try:
-            at = (eta.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(
-                microseconds=1
-            )  # naive: local time
+            at = (eta.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)  # naive: local time
         except (OverflowError, ValueError, OSError) as error:
             raise InvalidTaskError(f"eta {eta!r}: {error}") from None
     elif countdown is not None:
