@@ -1,0 +1,263 @@
+"""One request at a time on one libcurl easy handle: how a delivery is put on the wire, and what its end means.
+
+What an answer says decides the task's fate, so every way in which it can be missing, broken or endless has its verdict
+here; `http.py` drives the handles.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import pycurl
+
+from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.engine.transport import ERROR_LENGTH, Request
+
+_Address: TypeAlias = tuple[str | int, ...]  # both ends of a connection, as libcurl tells them
+Kept: TypeAlias = "dict[_Address, select.poll]"
+
+FIRST_PACE: Micros = 1_000_000  # assumed of a target that has not answered yet: no look-ahead
+CONNECTIONS = 4096  # kept open for later requests
+HEADER_BYTES = 32 * 1024  # of an answer, interim ones included
+HEADER_LINES = 100
+KEPT = 2048  # bytes of an answer's body, for its error text
+
+_LONGEST = 2**31 - 1  # milliseconds that libcurl takes
+_ABORT: int = pycurl.PREREQFUNC_ABORT
+_STOP = -1  # from a libcurl callback: end this transfer
+
+# What can't be printed, or would reorder the line it is printed in.
+_CONTROL = re.compile(r"[\x00-\x20\x7f-\xa0\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+_OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
+
+
+class Target:
+    """A base URL: its slots and what waits for them."""
+
+    __slots__ = ("free", "name", "pace", "waiting")
+
+    def __init__(self, base: str, concurrency: int) -> None:
+        scheme, _, rest = base.partition("://")
+        self.name = f"{scheme}://{rest.rpartition('@')[2]}"  # for people: without a password
+        self.free = concurrency
+        self.waiting: deque[Delivery] = deque()
+        self.pace: Micros = FIRST_PACE  # moving average of how long an answer takes
+
+
+class Exchange:
+    """An easy handle, reused, and the delivery it carries at present."""
+
+    delivery: Delivery
+    target: Target
+    started: Micros
+    stale: bool  # nothing was sent, because the connection to be reused was dead: start again
+
+    def __init__(self, connect_ms: int, max_answer: int, authorities: Sequence[tuple[int, str]], kept: Kept) -> None:
+        self._kept = kept
+        self._connect_ms = connect_ms
+        self._max_answer = max_answer
+        self._deadline_ms = 0
+        self._method = self._url = ""
+        self.handle: Any = pycurl.Curl()
+        for option, value in (*_OPTIONS, *authorities):
+            self.handle.setopt(option, value)
+        self.handle.setopt(pycurl.PREREQFUNCTION, self._on_send)
+        self.handle.setopt(pycurl.HEADERFUNCTION, self._on_header)
+        self.handle.setopt(pycurl.WRITEFUNCTION, self._on_body)
+
+    def load(self, target: Target, delivery: Delivery, now: Micros, request: Request) -> None:
+        """Get ready to carry *delivery* as *request*. Sets only what differs from the delivery before."""
+        setopt = self.handle.setopt
+        method, url, headers, body = request
+        if url != self._url:
+            setopt(pycurl.URL, url)
+            self._url = url
+        if method != self._method:
+            if self._method == "HEAD":
+                setopt(pycurl.NOBODY, 0)
+            setopt(pycurl.CUSTOMREQUEST, method)
+            self._method = method
+        if method == "HEAD":
+            setopt(pycurl.NOBODY, 1)
+        elif body or method in ("POST", "PUT", "PATCH"):
+            setopt(pycurl.POSTFIELDS, body)
+        else:
+            setopt(pycurl.HTTPGET, 1)
+        setopt(pycurl.HTTPHEADER, _header_lines(headers))
+        deadline_ms = min(max(1, -(-delivery.deadline // 1000)), _LONGEST)  # 0 would be none at all
+        if deadline_ms != self._deadline_ms:
+            setopt(pycurl.TIMEOUT_MS, deadline_ms)
+            setopt(pycurl.CONNECTTIMEOUT_MS, min(self._connect_ms, deadline_ms))
+            self._deadline_ms = deadline_ms
+        self.target = target
+        self.delivery = delivery
+        self.started = now
+        self._sends = self._header_bytes = self._header_lines = 0
+        self._outcome = self._text = b""
+        self._refused = ""
+        self._address: _Address = ()
+        self._trailers = self.stale = False
+        self._room = self._max_answer
+
+    def result(self, now: Micros, code: int, text: str) -> Result:
+        """Return what libcurl's *code* (0: an answer) means for the task."""
+        claim = self.delivery.claim
+        if code == 0 or self._room < 0:
+            status = self.handle.getinfo(pycurl.RESPONSE_CODE)
+            if self._address:
+                self._keep()
+            outcome = error = ""
+            if self._outcome == b"ok" and 200 <= status <= 299:  # nearly always; saves 0.5 µs
+                outcome = "ok"
+            elif _OUTCOME.match(self._outcome):
+                outcome, error = self._outcome.decode(), plain(self._text.decode(errors="replace"))
+            return Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error)
+        kind, error = self._failure(code, text)
+        return Result(claim.id, claim.claims, kind, self.started, now, 0, "", error)
+
+    def _keep(self) -> None:
+        """Remember how to tell whether this connection, new a moment ago, has died since."""
+        descriptor = self.handle.getinfo(pycurl.ACTIVESOCKET)
+        if descriptor < 0:  # closed already
+            return
+        if len(self._kept) >= CONNECTIONS:  # most are of long ago: libcurl doesn't tell when it closes one
+            self._kept.clear()  # the others come back with their next answer
+        watch = self._kept[self._address] = select.poll()
+        # The target's end of the connection, not data: with TLS, there is some that is no answer.
+        watch.register(descriptor, getattr(select, "POLLRDHUP", 0))
+
+    def _failure(self, code: int, text: str) -> tuple[Kind, str]:
+        target = self.target.name
+        if not self._sends:
+            return Kind.UNREACHABLE, plain(self._unreachable(code, text))
+        if self._sends > 1:
+            # Only reused connections get here: closed by the target as the request came, or lost in its hands.
+            return Kind.UNKNOWN, f"{target} closed the connection without an answer"
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            return Kind.TIMEOUT, f"no complete answer from {target} within {self._deadline_ms / 1000:g} s"
+        if self._refused or code in _MALFORMED or "chunk" in text:  # a bad chunk has the code of a broken connection
+            return Kind.MALFORMED, plain(
+                f"malformed answer from {target}: {self._refused or text or 'a header is too long'}"
+            )
+        if code == pycurl.E_GOT_NOTHING:
+            return Kind.UNKNOWN, f"{target} closed the connection without an answer"
+        return Kind.UNKNOWN, plain(f"connection to {target} broke: {text}")
+
+    def _unreachable(self, code: int, text: str) -> str:
+        target = self.target.name
+        if code == pycurl.E_COULDNT_RESOLVE_HOST:
+            return f"the name of {target} could not be resolved"
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            return f"no connection to {target} within {min(self._connect_ms, self._deadline_ms) / 1000:g} s"
+        if code == pycurl.E_COULDNT_CONNECT:
+            reason = self.handle.getinfo(pycurl.OS_ERRNO)
+            if reason == errno.ECONNREFUSED:
+                return f"connection refused by {target}"
+            return f"no connection to {target}: {os.strerror(reason) if reason else text}"
+        return f"no connection to {target}: {text}"
+
+    # libcurl's callbacks: plain arithmetic, which can't raise.
+
+    def _on_send(self, *address: str | int) -> int:
+        # When a reused connection dies, libcurl sends the request again on a new one, and a task could run twice in one
+        # attempt. It asks here first, each time. Only our queue retries.
+        self._sends += 1
+        if self._sends > 1:
+            return _ABORT
+        # libcurl looks for connections that the target has closed once a second at most (8.23). A request into such a
+        # one is as good as lost, and nobody knows it wasn't; so look here, too: 0.6 µs.
+        watch = self._kept.get(address)
+        if watch is None:
+            self._address = address
+        elif watch.poll(0):
+            del self._kept[address]
+            self._sends, self.stale = 0, True
+            return _ABORT
+        return 0
+
+    def _on_header(self, line: bytes) -> int | None:
+        self._header_bytes += len(line)
+        self._header_lines += 1
+        if self._header_lines == 1:  # of this block: an interim answer, the answer, or trailers
+            self._trailers = line[:5] != b"HTTP/"
+            if not self._trailers:
+                self._outcome = b""
+                if line[9:12] == b"101":
+                    self._refused = "an upgrade that nobody asked for"  # its body would never end
+                    return _STOP
+        elif line == b"\r\n" or line == b"\n":
+            self._header_lines = 0
+        elif self._trailers:
+            pass
+        elif line[0] in b"xX" and line[:19].lower() == b"x-deferlib-outcome:":
+            self._outcome = line[19:].strip()
+        if self._header_bytes > HEADER_BYTES or self._header_lines > HEADER_LINES:
+            self._refused = "too many headers"
+            return _STOP
+        return None
+
+    def _on_body(self, data: bytes) -> int | None:
+        if self._outcome and len(self._text) < KEPT:
+            self._text += data[:KEPT]
+        self._room -= len(data)
+        return _STOP if self._room < 0 else None
+
+
+# Set once for each easy handle.
+_OPTIONS: tuple[tuple[int, object], ...] = (
+    (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1),
+    (pycurl.HTTP09_ALLOWED, 0),
+    (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
+    (pycurl.FOLLOWLOCATION, 0),
+    (pycurl.PROXY, ""),  # not even the environment's: a signed request is for the target alone
+    (pycurl.NETRC, pycurl.NETRC_IGNORED),
+    (pycurl.NOSIGNAL, 1),
+    (pycurl.USERAGENT, "deferlib"),
+    (pycurl.TCP_KEEPALIVE, 1),  # notices within minutes that a target is gone whose deadline is a day
+    # Servers close idle connections, gunicorn after 2 s. One that is closed as the request arrives costs an attempt
+    # whose outcome nobody knows, a new connection costs 0.1 ms.
+    (pycurl.MAXAGE_CONN, 1),
+    (pycurl.UPLOAD_BUFFERSIZE, 16_384),  # 2,000 in flight: 45 MB instead of 104
+)
+
+_MALFORMED = frozenset(
+    {
+        pycurl.E_UNSUPPORTED_PROTOCOL,  # HTTP/0.9, garbage, a version that nobody asked for
+        8,  # CURLE_WEIRD_SERVER_REPLY, which pycurl doesn't name
+        pycurl.E_PARTIAL_FILE,
+        pycurl.E_BAD_CONTENT_ENCODING,
+        pycurl.E_OUT_OF_MEMORY,  # a header line beyond 100 kB, until libcurl 8.6
+        100,  # CURLE_TOO_LARGE: the same, since
+    }
+)
+
+
+def _header_lines(headers: list[str]) -> Sequence[str | bytes]:
+    """Return *headers* as libcurl wants them, without those that it would add by itself."""
+    text = "".join(headers)
+    if "\n" in text or "\r" in text or "\0" in text:  # 0.15 µs against a header that nobody checked
+        raise ValueError("a header contains a line break")
+    lines = [*headers, "Expect:", "Content-Type:"]  # a second Content-Type that is empty changes nothing
+    return lines if text.isascii() else [line.encode("latin-1") for line in lines]
+
+
+def plain(text: str) -> str:
+    """Return *text* as one line that is safe to print, at most ERROR_LENGTH characters of it."""
+    return _CONTROL.sub(" ", text).strip()[:ERROR_LENGTH]
+
+
+def authorities() -> Sequence[tuple[int, str]]:
+    """Return the options that name the certificate authorities to trust: those that Python would.
+
+    pycurl's wheels look where the machine they were built on has them, which isn't where Debian does.
+    """
+    paths = ssl.get_default_verify_paths()
+    found = ((pycurl.CAINFO, paths.cafile), (pycurl.CAPATH, paths.capath))
+    return [(option, path) for option, path in found if path]
