@@ -39,16 +39,16 @@ class Keyring:
 
     __slots__ = ("_keys", "signing")
 
-    def __init__(self, secrets: Sequence[bytes]) -> None:
-        """Derive the keys of *secrets*; `KeyringError` if there is none, or one is shorter than 16 bytes."""
-        if not secrets:
+    def __init__(self, ring: Sequence[bytes]) -> None:
+        """Derive the keys of the secrets in *ring*; `KeyringError` if there is none, or one is shorter than 16 bytes."""
+        if not ring:
             raise KeyringError(f"there is no signing key; {_REMEDY}")
-        for number, secret in enumerate(secrets, 1):
+        for number, secret in enumerate(ring, 1):
             if len(secret) < MIN_BYTES:
                 raise KeyringError(
                     f"signing key {number} has {len(secret)} bytes, at least {MIN_BYTES} are needed; {_REMEDY}"
                 )
-        keys = [Key(secret) for secret in secrets]
+        keys = [Key(secret) for secret in ring]
         self.signing = keys[0]
         self._keys = {key.id: key for key in keys}
 
@@ -65,9 +65,15 @@ class Keyring:
 
 
 def parse(text: str) -> Keyring:
-    """Return the ring of comma- or line-separated *text*."""
+    """Return the ring of comma- or line-separated *text*.
+
+    Bytes that aren't UTF-8, in a file or the environment, count as they are: Python carries them as surrogates.
+    """
     parts = (part.strip() for line in text.splitlines() for part in line.split(","))
-    return Keyring([part.encode() for part in parts if part])
+    try:
+        return Keyring([part.encode("utf-8", "surrogateescape") for part in parts if part])
+    except UnicodeEncodeError:  # its text would show the key
+        raise KeyringError(f"a signing key has characters that no encoding has; {_REMEDY}") from None
 
 
 def generate() -> str:
@@ -77,16 +83,19 @@ def generate() -> str:
 
 def from_file(path: str) -> Keyring:
     """Return the ring of the file at *path*, made with one random key if it isn't there; its mode must be 0600."""
-    if not os.path.exists(path):
-        _make(path)
     try:
-        with open(path, encoding="utf-8") as file:
+        if not os.path.exists(path):
+            _make(path)
+    except OSError as error:
+        raise KeyringError(f"{path}: a signing key can't be written: {error.strerror}; set DEFERLIB_KEY") from error
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise KeyringError(f"{path}: others can read the signing keys (mode {mode:04o}); run `chmod 600 {path}`")
             text = file.read()
     except OSError as error:
         raise KeyringError(f"{path}: the signing keys can't be read: {error.strerror}") from error
-    if mode & 0o077:
-        raise KeyringError(f"{path}: others can read the signing keys (mode {mode:04o}); run `chmod 600 {path}`")
     try:
         return parse(text)
     except KeyringError as error:
@@ -95,14 +104,13 @@ def from_file(path: str) -> Keyring:
 
 def _make(path: str) -> None:
     """Write a new key file whole, or leave it to another process that was quicker."""
+    folder = os.path.dirname(path) or "."
     draft = f"{path}.new-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except OSError as error:
-        raise KeyringError(f"{path}: a signing key can't be written: {error.strerror}; set DEFERLIB_KEY") from error
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)  # whatever the umask took away
             file.write(generate() + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -110,6 +118,16 @@ def _make(path: str) -> None:
             os.link(draft, path)
     finally:
         os.unlink(draft)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the new file's name survive a power cut: without its key no task that it signed could ever run."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _derive(secret: bytes, info: bytes, length: int) -> bytes:

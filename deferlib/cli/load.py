@@ -1,0 +1,91 @@
+"""The app that `--app module:app` names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from types import ModuleType
+from typing import Any
+
+import deferlib
+from deferlib.errors import AppError
+
+_FORM = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<path>[^\W\d]\w*(\.[^\W\d]\w*)*)(?P<call>\(\))?\Z")
+_NOT_THE_USERS = (os.path.dirname(deferlib.__file__) + os.sep, sysconfig.get_path("stdlib") + os.sep, "<frozen ")
+
+
+def load_app(spec: str) -> Any:
+    """Import `module:app` (or `module:make_app()`, which is called), from the working directory first.
+
+    `AppError` says what is missing; if the module itself fails, with its error and the place in the user's code.
+    """
+    form = _FORM.match(spec)
+    if form is None:
+        hint = f", like --app {re.sub(r'[/.]+', '.', spec.removesuffix('.py')).strip('.')}:app" if "/" in spec else ""
+        raise AppError(f"--app {spec!r}: MODULE:APP is needed{hint or ', like --app main:app'}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: Any = _import(form["module"])
+    for name in form["path"].split("."):
+        if not hasattr(found, name):
+            close = difflib.get_close_matches(name, dir(found), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise AppError(f"--app {spec}: {form['module']} has no {name!r}{hint}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise AppError(f"--app {spec}: is {_a(found)}, not a WSGI or ASGI app")
+    if not form["call"]:
+        return found
+    try:
+        made = found()
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise _failed(f"{form['path']}() failed", error) from error
+    if not callable(made):
+        raise AppError(f"--app {spec}: returned {_a(made)}, not a WSGI or ASGI app")
+    return made
+
+
+class Stopped(SystemExit):
+    """A signal came while the engine started."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Stopped:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise AppError(
+                f"there is no module {error.name!r} in {os.getcwd()}, on PYTHONPATH or among what is installed; "
+                "--app needs MODULE:APP"
+            ) from None
+        raise _failed(f"{name} can't be imported", error) from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise _failed(f"{name} can't be imported", error) from error
+
+
+def _failed(what: str, error: BaseException) -> AppError:
+    return AppError(f"{what}: {type(error).__name__}: {error} ({_place(error)})")
+
+
+def _place(error: BaseException) -> str:
+    """Return file and line of the innermost frame that is the user's own; of any but the import system's else."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)]
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "no line of it ran"
+
+
+def _a(value: object) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

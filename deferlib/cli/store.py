@@ -1,0 +1,79 @@
+"""The store that a command looks at: opened as it is, never made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from deferlib import config
+from deferlib.cli.settings import settings_of
+from deferlib.clock import Clock
+from deferlib.context import SYSTEM_CLOCK
+from deferlib.core.model import Micros
+from deferlib.errors import Error, StoreUnavailableError
+from deferlib.store import Store
+
+
+class UsageError(Error):
+    """The command needs to be told more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A store, open, and what else a command needs to know."""
+
+    store: Store
+    settings: config.Settings
+    clock: Clock = SYSTEM_CLOCK
+
+    def now(self) -> Micros:
+        return self.clock.now()
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
+    """Open the configured store for the length of the block.
+
+    `StoreUnavailableError` if there is no such file: making one would answer "no tasks" to whoever mistyped its name.
+    """
+    settings = settings_of(arguments)
+    dsn, source = settings["store"], settings.all["store"].source
+    path = config.sqlite_path(dsn, settings.root)
+    if path is None and dsn.startswith("sqlite:"):
+        raise UsageError("a store in memory is gone with its process: no command can look at it; name one with --store")
+    if path is not None and not os.path.exists(path):
+        raise StoreUnavailableError(
+            f"{path}: there is no store yet (setting 'store' from {source}). The first defer() makes it, or "
+            "`deferlib engine`; or name another one with --store"
+        )
+    store = config.connect(dsn, settings.root)
+    try:
+        yield Opened(store=store, settings=settings)
+    finally:
+        store.close()
+
+
+def confirmed(question: str, arguments: argparse.Namespace) -> bool:
+    """Ask before something is destroyed; --yes answers. `UsageError` if there is nobody to ask."""
+    if arguments.yes:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(f"{question} There is no terminal to ask at: repeat the command with --yes")
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    print("Nothing was changed.")
+    return False
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return *names* as a list for people, cut short if it is long."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

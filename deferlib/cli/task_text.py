@@ -1,0 +1,168 @@
+"""A task in words: as a line of a table, in full, and as a JSON document. Never its payload."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deferlib import payload
+from deferlib.cli.show import iso, print_fields, print_table, relative, seconds, span, when
+from deferlib.core.model import Micros, QueueRow, TaskRow
+
+TITLES = ("NAME", "QUEUE", "STATE", "DUE", "TRIES", "CALL")
+_LONGEST_LABEL = 200  # characters: ours are no longer, and a forged one may be the whole payload
+_ATTEMPTS = ("ATTEMPT", "AT", "TOOK", "STATUS", "ERROR")
+
+
+def line(row: TaskRow, now: Micros) -> tuple[str, ...]:
+    """Return a task's cells under `TITLES`."""
+    at = row.died if row.died is not None else row.due
+    shown = "" if at is None else relative(at, now)
+    return (row.public_name, row.queue, row.state(now), shown, str(row.attempts), call_of(row))
+
+
+def call_of(row: TaskRow) -> str:
+    """Return what a deferred call runs, as its label says; of other tasks, their request. Nothing is unpickled."""
+    return _label(row) or f"{row.method} {row.url}".rstrip()
+
+
+def _label(row: TaskRow) -> str:
+    return payload.describe(row.body)[:_LONGEST_LABEL]
+
+
+def document(row: TaskRow, queue: QueueRow | None, now: Micros) -> dict[str, Any]:
+    """Return all there is to know of a task, for programs: the keys that `tasks show --help` documents."""
+    state = row.state(now)
+    return {
+        "name": row.public_name,
+        "id": str(row.id),  # 63 bits: more than a JavaScript number holds
+        "queue": row.queue,
+        "state": state,
+        "reason": row.reason,
+        "call": _label(row) or None,
+        "method": row.method,
+        "url": row.url,
+        "target": _target(row, queue) or None,
+        "namespace": row.namespace,
+        "tag": row.tag or None,
+        "headers": _header_names(row),
+        "payload_bytes": len(row.body),
+        "created": iso(row.created),
+        "eta": iso(row.eta),
+        "due": iso(row.due),
+        "next_run": iso(row.due) if state in ("ready", "scheduled") else None,
+        "lease_until": iso(row.due) if state == "leased" else None,
+        "first_try": iso(row.first_try),
+        "died": iso(row.died),
+        "expires": iso(row.expires),
+        "attempts": row.attempts,
+        "executions": row.executions,
+        "failures": row.failures,
+        "lost": row.lost,
+        "fence": row.claims,
+        "deadline_seconds": seconds(_deadline(row, queue)),
+        "retry": _retry(row),
+        "queue_paused": queue is not None and queue.paused,
+        "history": [
+            {
+                "attempt": attempt.get("attempt"),
+                "at": iso(attempt.get("at")),
+                "seconds": seconds(attempt.get("micros")),
+                "status": attempt.get("status"),
+                "error": attempt.get("error"),
+            }
+            for attempt in _history(row)
+        ],
+    }
+
+
+def print_task(row: TaskRow, queue: QueueRow | None, now: Micros) -> None:
+    """Print all there is to know of a task, for people."""
+    retry = _retry(row)
+    print_fields(
+        [
+            ("task", row.public_name if row.name is None else f"{row.name} (id {row.id})"),
+            ("queue", row.queue),
+            ("state", f"{row.state(now)}: {row.reason}" if row.reason else row.state(now)),
+            ("next run", _next_run(row, queue, now)),
+            ("call", _label(row)),
+            ("request", f"{row.method} {row.url}".rstrip()),
+            ("target", _target(row, queue)),
+            ("namespace", row.namespace),
+            ("tag", row.tag),
+            ("headers", ", ".join(_header_names(row))),
+            ("payload", f"{len(row.body)} bytes" if row.died is not None or row.due is not None else ""),
+            ("created", when(row.created, now)),
+            ("eta", when(row.eta, now)),
+            ("first tried", when(row.first_try, now)),
+            ("died", when(row.died, now)),
+            ("attempts", f"{row.attempts}: {row.executions} answered, {row.failures} failed, {row.lost} lost"),
+            ("last status", str(row.status) if row.status else ""),
+            ("deadline", span(length) if (length := _deadline(row, queue)) else ""),
+            ("retry", ", ".join(f"{name} {value:g}" for name, value in retry.items()) if retry else ""),
+            ("fence", str(row.claims) if row.claims else ""),
+        ]
+    )
+    history = _history(row)
+    if history:
+        print()
+        print_table(_ATTEMPTS, [_attempt_line(attempt, now) for attempt in history])
+
+
+def _attempt_line(attempt: dict[str, Any], now: Micros) -> tuple[str, ...]:
+    at, micros = attempt.get("at"), attempt.get("micros")
+    return (
+        str(attempt.get("attempt", "")),
+        relative(at, now) if isinstance(at, int) else "",
+        f"{micros / 1e6:.3f} s" if isinstance(micros, int) else "",
+        str(attempt.get("status") or "none"),
+        str(attempt.get("error") or ""),
+    )
+
+
+def _next_run(row: TaskRow, queue: QueueRow | None, now: Micros) -> str:
+    """Say when the task runs next, as far as its row and its queue's tell."""
+    paused = "; but its queue is paused" if queue is not None and queue.paused else ""
+    match row.state(now):
+        case "dead":
+            return f"never, unless `deferlib tasks retry {row.public_name}` brings it back"
+        case "tombstone":
+            return f"never: it is finished, and its name is free again {when(row.expires, now)}"
+        case "leased":
+            return f"running; its lease lasts until {when(row.due, now)}"
+        case "ready":
+            return f"as soon as an engine has room: due since {when(row.due, now)}{paused}"
+    return f"{when(row.due, now)}{paused}"
+
+
+def _target(row: TaskRow, queue: QueueRow | None) -> str:
+    """Return the target that an engine would choose: the queue's comes first."""
+    return (queue.config.target if queue is not None else "") or row.target
+
+
+def _deadline(row: TaskRow, queue: QueueRow | None) -> Micros | None:
+    return row.deadline or (queue.config.deadline if queue is not None else None)
+
+
+def _header_names(row: TaskRow) -> list[str]:
+    """Return the names only: a value may be a password."""
+    return [str(name) for name, _value in _json(row.headers)]
+
+
+def _history(row: TaskRow) -> list[dict[str, Any]]:
+    return [attempt for attempt in _json(row.history) if isinstance(attempt, dict)]
+
+
+def _retry(row: TaskRow) -> dict[str, float] | None:
+    """Return the task's own retry options by App Engine's names, spans in seconds; None if the queue's apply."""
+    raw: dict[str, float] = _json(row.retry)
+    if not raw:
+        return None
+    names = {"retry_limit": "task_retry_limit", "age_limit": "task_age_limit"}
+    names |= {"min_backoff": "min_backoff_seconds", "max_backoff": "max_backoff_seconds"}
+    spans = {"age_limit", "min_backoff", "max_backoff"}
+    return {names.get(key, key): value / 1e6 if key in spans else value for key, value in raw.items()}
+
+
+def _json(text: str) -> Any:
+    return json.loads(text) if text else []
