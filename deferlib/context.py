@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from deferlib.clock import Clock, SystemClock
 from deferlib.core.model import Micros
@@ -54,11 +55,10 @@ class TaskContext:
         return timedelta(microseconds=self.deadline_micros - self.clock.now())
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """What a request that the engine made carries: the attempt, and the headers that are true of it.
 
-    In the environ under `deferlib.claim`, where no HTTP server can put an object.
+    In the environ (or the ASGI scope) under `deferlib.claim`, where no HTTP server can put an object.
     """
 
     context: TaskContext
@@ -77,5 +77,5 @@ def current_task() -> TaskContext | None:
 
 
 def moment(micros: Micros) -> datetime:
-    """Return *micros* since the epoch as an aware datetime in UTC, at most the year 9999."""
-    return _EPOCH + timedelta(microseconds=min(micros, 253_402_300_799_000_000))
+    """Return *micros* since the epoch as an aware datetime in UTC, in the years 1 to 9999."""
+    return _EPOCH + timedelta(microseconds=min(max(micros, -62_135_596_800_000_000), 253_402_300_799_000_000))

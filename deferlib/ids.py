@@ -14,6 +14,7 @@ import threading
 from deferlib.core.model import Micros
 
 _LOW_BITS = 21
+_LAST_MILLISECOND = 2**42 - 1  # in the year 2109
 
 
 class IdMaker:
@@ -21,12 +22,12 @@ class IdMaker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last = 0
+        self._last = -1  # so that the first id of a virtual clock's first millisecond begins at random too
         self._random = random.Random()
 
     def next(self, now: Micros) -> int:
         """Return a new id for a task made at *now*."""
-        first = (max(now, 0) // 1000) << _LOW_BITS
+        first = min(max(now, 0) // 1000, _LAST_MILLISECOND) << _LOW_BITS
         with self._lock:
             # Half the range is left for counting up within the millisecond.
             fresh = first | self._random.getrandbits(_LOW_BITS - 1)

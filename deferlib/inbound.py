@@ -1,7 +1,7 @@
-"""What a request says of itself, and what of it is true: the WSGI side of the dispatch token.
+"""What a request says of itself, and what of it is true: which headers only an engine may set, and the WSGI side of it.
 
 Every spelling of the engine's headers is deleted from every request, and set anew from what a valid token vouches for
-(or from the `Dispatch` that the in-process engine passes as an object).
+(or from the `Dispatch` that the in-process engine passes as an object). `deferlib.contrib.asgi` does the same for ASGI.
 """
 
 from __future__ import annotations
@@ -16,13 +16,35 @@ from deferlib.errors import TokenError
 from deferlib.taskqueue.limits import MAX_DEFERRED_BYTES
 
 TASK_ADDRESS = "0.1.0.2"  # where App Engine's tasks come from
+NO_ADDRESS = "0.0.0.0"  # stands for a client that claims to be TASK_ADDRESS; nothing is bound to it
 MAX_BODY = MAX_DEFERRED_BYTES + 64 * 1024
 BODY_KEY = "deferlib.body"
 _SIGNATURE_KEY = "HTTP_X_DEFERLIB_SIGNATURE"
-# Servers fold '-' and '_' into one before an app sees a name, so a prefix finds every spelling.
-_FORGEABLE = ("HTTP_X_APPENGINE_", "HTTP_X_CLOUDTASKS_", "HTTP_X_DEFERLIB_")
+_FORGEABLE = ("x-appengine", "x-cloudtasks", "x-deferlib")
 
 Environ = dict[str, Any]
+
+
+def is_engines(name: str) -> bool:
+    """Tell whether only an engine may set the header *name*, however it is spelled."""
+    return name.strip().lower().replace("_", "-").startswith(_FORGEABLE)
+
+
+def content_length(text: str) -> int | None:
+    """Return the length that a request announces, None if it announces none; `TokenError` if it is beyond any task's."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    if len(text) > 18 or int(text) > MAX_BODY:  # int() refuses thousands of digits
+        raise too_long()
+    return int(text)
+
+
+def too_long() -> TokenError:
+    """Return the error of a body that is longer than any task's."""
+    return TokenError(f"the body has more than {MAX_BODY} bytes")
+
+
+# --- WSGI -----------------------------------------------------------------------------------------------------------
 
 
 def identify(environ: Environ, runtime: Runtime) -> Dispatch | None:
@@ -56,25 +78,32 @@ def read_body(environ: Environ) -> bytes:
     known = environ.get(BODY_KEY)
     if isinstance(known, bytes):
         return known
-    length = environ.get("CONTENT_LENGTH") or ""
-    if length.isdigit():
-        if int(length) > MAX_BODY:
-            raise TokenError(f"the body has {length} bytes, at most {MAX_BODY} are allowed")
-        body: bytes = environ["wsgi.input"].read(int(length))
-    elif environ.get("wsgi.input_terminated"):
-        body = environ["wsgi.input"].read(MAX_BODY + 1)
+    length = content_length(environ.get("CONTENT_LENGTH") or "")
+    if length is None and environ.get("wsgi.input_terminated"):
+        body = _read(environ["wsgi.input"], MAX_BODY + 1)
         if len(body) > MAX_BODY:
-            raise TokenError(f"the body has more than {MAX_BODY} bytes")
+            raise too_long()
     else:
-        body = b""
+        body = _read(environ["wsgi.input"], length or 0)
     environ[BODY_KEY] = body
     environ["wsgi.input"] = io.BytesIO(body)
     return body
 
 
+def _read(stream: Any, length: int) -> bytes:
+    """Read *length* bytes, or to the end: some servers' streams return what has come so far."""
+    parts = []
+    while length > 0 and (part := stream.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
 def _clean(environ: Environ) -> None:
-    for key in [key for key in environ if key.startswith(_FORGEABLE)]:
+    for key in [key for key in environ if key[5:6] in "xX" and key[:5].upper() == "HTTP_" and is_engines(key[5:])]:
         del environ[key]
+    if environ.get("REMOTE_ADDR") == TASK_ADDRESS:  # from a forged X-Forwarded-For: nothing else comes from there
+        environ["REMOTE_ADDR"] = NO_ADDRESS
 
 
 def _tell(environ: Environ, dispatch: Dispatch) -> None:

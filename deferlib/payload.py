@@ -7,15 +7,16 @@ then, by whoever wants the call itself, the pickles.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import hmac
 import pickle
+import re
 import struct
 import sys
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deferlib.errors import (
@@ -36,7 +37,12 @@ BY_VALUE = 2  # flag: a pickle carries code, which only the same minor version o
 _HEAD = struct.Struct(">3sBBBBBB8sQ5H")
 _SIGNATURE = 32
 _LENGTH = struct.Struct(">I")
+_PROTOCOL = 5  # not the highest: what a newer Python defers, an older one beside it may have to run
 _LABEL_BYTES = 200
+_ERROR_BYTES = 500
+_BY_REFERENCE = (types.FunctionType, type)
+# C0 and C1 controls, and what else ends a line or turns the direction of text around for those who print it.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _references: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
 
@@ -59,8 +65,10 @@ class Binding(NamedTuple):
     namespace: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
+_NO_BINDING = Binding(0, "", "", "", "")
+
+
+class Envelope(NamedTuple):
     """A payload taken apart; genuine only as `verify` returns it."""
 
     flags: int
@@ -97,40 +105,57 @@ def dump_call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
 def seal(call: Call, key: Key, binding: Binding | None) -> bytes:
     """Return the signed envelope of *call*, bound to a task unless *binding* is None."""
     flags = call.flags if binding is None else call.flags | BOUND
-    id, *texts = binding or Binding(0, "", "", "", "")
-    fields = [text.encode() for text in texts]
-    fields.append(call.label.encode()[:_LABEL_BYTES])
-    head = _HEAD.pack(
-        MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *(len(field) for field in fields)
-    )
+    id, *texts = binding or _NO_BINDING
+    fields = [text.encode() for text in (*texts, call.label)]
+    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *map(len, fields))
     signed = b"".join([head, *fields])
     return b"".join([signed, hmac.digest(key.payload, signed + call.body, hashlib.sha256), call.body])
 
 
 def describe_callable(fn: object) -> str:
-    """Return what a person would call *fn*: `module.qualname`."""
-    owner = fn if hasattr(fn, "__qualname__") else type(fn)
-    return f"{getattr(owner, '__module__', None) or 'builtins'}.{getattr(owner, '__qualname__', '?')}"
+    """Return what a person would call *fn*, `module.qualname`, on one line of at most 200 bytes."""
+    if isinstance(fn, functools.partial):
+        fn = fn.func
+    owner = fn if isinstance(getattr(fn, "__qualname__", None), str) else type(fn)
+    return one_line(f"{getattr(owner, '__module__', None) or 'builtins'}.{owner.__qualname__}", _LABEL_BYTES)  # type: ignore[attr-defined]  # one of the two has it
+
+
+def describe_error(error: BaseException) -> str:
+    """Return *error*'s type and message as one line of at most 500 bytes, whatever its `__str__` does."""
+    try:
+        text = str(error)
+    except Exception as problem:  # the error is a user's
+        text = f"<its message can't be read: {type(problem).__name__}>"
+    return one_line(f"{type(error).__name__}: {text}", _ERROR_BYTES)
+
+
+def one_line(text: str, limit: int) -> str:
+    """Return *text* as one printable line of at most *limit* bytes in UTF-8, for logs and answers.
+
+    Whoever chooses a name or raises an error can't write lines of their own into a log.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text[:limit])
+    return text.encode()[:limit].decode("utf-8", "ignore")
 
 
 def _reference(fn: Callable[..., Any]) -> tuple[bytes, str] | None:
     """Return the pickle of an importable function or class, which is a name only: cached (0.9 µs to 0.1)."""
-    if not isinstance(fn, types.FunctionType | type) or fn.__module__ == "__main__":
+    if not isinstance(fn, _BY_REFERENCE) or fn.__module__ == "__main__":
         return None
-    known = _references.get(fn)
-    if known is None:
-        try:
-            known = pickle.dumps(fn, pickle.HIGHEST_PROTOCOL), describe_callable(fn)
-        except Exception:  # pickle raises what it likes; the caller tries cloudpickle next
-            return None
-        _references[fn] = known
+    try:
+        known = _references.get(fn)
+        if known is None:
+            known = _references[fn] = pickle.dumps(fn, _PROTOCOL), describe_callable(fn)
+    except Exception:  # pickle raises what it likes, and so may a metaclass's hash; the caller tries cloudpickle next
+        return None
     return known
 
 
 def _dumps(value: object, name: Callable[[], str]) -> tuple[bytes, int]:
-    """Pickle *value*; the flag says whether by value."""
+    """Pickle *value*; the flag says whether any of it by value."""
     try:
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        data = pickle.dumps(value, _PROTOCOL)
     except Exception:  # a user's __reduce__ may raise anything
         data = b"__main__"
     if b"__main__" not in data:
@@ -138,11 +163,12 @@ def _dumps(value: object, name: Callable[[], str]) -> tuple[bytes, int]:
     import cloudpickle  # 20 ms: only where it is needed
 
     try:
-        return cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL), BY_VALUE
+        data = cloudpickle.dumps(value, _PROTOCOL)
+        return data, BY_VALUE if b"cloudpickle" in data else 0  # whatever it writes by value is built by its functions
     except Exception as error:
         raise UnpicklableCallError(
-            f"{name()} can't be pickled ({type(error).__name__}: {error}); pass what can be written down, like an id "
-            "or a path, and open it inside the call"
+            f"{name()} can't be pickled ({describe_error(error)}); pass what can be written down, like an id or a path, "
+            "and open it inside the call"
         ) from error
 
 
@@ -154,7 +180,7 @@ def _culprit(fn: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     named += [(f"argument {key!r}", value) for key, value in kwargs.items()]
     for name, value in named:
         try:
-            cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+            cloudpickle.dumps(value, _PROTOCOL)
         except Exception:  # the search is for just that
             return f"{name} of {describe_callable(fn)} (a {type(value).__qualname__})"
     return f"the arguments of {describe_callable(fn)}"
@@ -188,6 +214,7 @@ def parse(data: bytes) -> Envelope:
         fields.append(data[start : start + length].decode("utf-8", "replace"))
         start += length
     name, queue, url, namespace, label = fields
+    label = one_line(label, _LABEL_BYTES)  # shown to people also where nobody has verified it
     return Envelope(
         flags=flags,
         codec=codec,
@@ -240,8 +267,10 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
         (length,) = _LENGTH.unpack_from(body)
         fn = pickle.loads(body[4 : 4 + length])
         args, kwargs = pickle.loads(body[4 + length :])
-    except Exception as error:  # imports run user code, which may raise anything
-        raise PayloadUndecodableError(f"{envelope.label} can't be loaded: {type(error).__name__}: {error}") from error
+    except MemoryError:
+        raise  # the machine's trouble, not the payload's
+    except (Exception, SystemExit) as error:  # imports run user code, which may raise anything
+        raise PayloadUndecodableError(f"{envelope.label} can't be loaded: {describe_error(error)}") from error
     return fn, args, kwargs
 
 

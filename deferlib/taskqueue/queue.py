@@ -49,7 +49,7 @@ class Queue:
         """
         if transactional:
             raise NotAvailableError("transactional=True isn't available in this version; add the task after the commit")
-        tasks = [task] if isinstance(task, Task) else list(task)
+        tasks = [task] if isinstance(task, Task) else list(task or ())
         if not tasks:
             return []
         self._check(tasks)
@@ -66,11 +66,13 @@ class Queue:
         if len(tasks) > limits.MAX_TASKS_PER_ADD:
             raise TooManyTasksError(f"{len(tasks)} tasks in one call, at most {limits.MAX_TASKS_PER_ADD} are allowed")
         names = set()
+        objects = set()
         for task in tasks:
             if not isinstance(task, Task):
                 raise InvalidTaskError(f"a queue takes Task objects, not {type(task).__name__}")
-            if task.was_enqueued:
-                raise BadTaskStateError(f"task {task.name} was added before; build a new Task to add it again")
+            if task.was_enqueued or id(task) in objects:
+                raise BadTaskStateError(f"{task!r} was added before; build a new Task to add it again")
+            objects.add(id(task))
             if task.name is not None:
                 if task.name in names:
                     raise DuplicateTaskNameError(f"two tasks of this call are named {task.name!r}")

@@ -1,0 +1,436 @@
+"""deferlib in ASGI apps (Starlette, FastAPI, Quart, …): the middleware, which needs none of them.
+
+    app = FastAPI()
+    app.add_middleware(deferlib.contrib.asgi.Middleware)
+
+Deferred coroutine functions are awaited on the app's own loop, so they may use its connection pools; plain functions
+run in a thread. `as_wsgi` lets the in-process engine call such an app from its threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import inspect
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
+from http import HTTPStatus
+from typing import Any, TypeAlias
+
+from deferlib import config, deferred, inbound, namespaces, payload, token
+from deferlib.context import ENVIRON_KEY, Dispatch, running
+from deferlib.errors import AppError, TokenError
+
+log = logging.getLogger("deferlib.handler")
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+AsgiApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
+
+_SIGNATURE = token.HEADER.lower()
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_PATIENCE = 10.0  # seconds for an app to shut down
+_KEPT = 64 * 1024  # bytes of an answer that `as_wsgi` passes on; an engine shows 500 characters of them
+
+
+class Middleware:
+    """An ASGI app with the deferred handler in it, at `/_ah/queue/deferred`.
+
+    Every request and websocket loses its `X-AppEngine-*`, `X-CloudTasks-*` and `X-Deferlib-*` headers, however they are
+    spelled; requests that an engine made, as their token proves, get the true ones, come from 0.1.0.2, and run in their
+    task's namespace, with `current_task()`.
+    """
+
+    def __init__(self, app: AsgiApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match scope["type"]:
+            case "http":
+                await self._http(scope, receive, send)
+            case "websocket":  # never a task
+                _clean(scope)
+                await self.app(scope, receive, send)
+            case _:  # lifespan
+                await self.app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = _Body(receive)
+        deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
+        if deferred_call and scope["method"] != "POST":
+            return await _respond(send, deferred.WRONG_METHOD)
+        try:
+            dispatch = await _identify(scope, body)
+            if deferred_call:
+                if dispatch is None:
+                    return await _respond(send, deferred.FORBIDDEN)
+                return await _respond(send, await perform(dispatch, await body.read(scope["headers"])))
+        except TokenError as error:
+            return await _respond(send, deferred.refuse(error))
+        if dispatch is None:
+            return await self.app(scope, receive, send)
+        task = running.set(dispatch.context)
+        try:
+            with namespaces.namespace(dispatch.context.namespace):
+                await self.app(scope, body.replay, send)
+        finally:
+            running.reset(task)
+
+
+def wrap_asgi_app(app: AsgiApp) -> Middleware:
+    """Return *app* with the handler of deferred calls at `/_ah/queue/deferred`. Wrapping twice is wrapping once."""
+    return app if isinstance(app, Middleware) else Middleware(app)
+
+
+def is_asgi(app: object) -> bool:
+    """Tell whether *app* is an ASGI app and not a WSGI one: whether a call of it is awaited, or takes three arguments."""
+    while isinstance(app, partial):
+        app = app.func
+    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004  # its kind counts, not whether it is there
+        return True
+    if not callable(app):
+        return False
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 3
+
+
+async def perform(dispatch: Dispatch, data: bytes) -> deferred.Answer:
+    """Load and run the call of *dispatch*, and say how it went: `deferred.perform` for the loop this runs on."""
+
+    def start() -> tuple[Any, BaseException | None]:
+        """Unpickle (which imports) and call, off the loop; of a coroutine function nothing runs yet.
+
+        The error is returned: a StopIteration can't pass through a future, whoever waits would wait for ever.
+        """
+        try:
+            return attempt.load(data)(), None
+        except BaseException as error:
+            return None, error
+
+    with deferred.Attempt(dispatch) as attempt:
+        value, error = await asyncio.to_thread(start)  # in a copy of this context
+        if error is not None:
+            raise error
+        if inspect.isawaitable(value):
+            await deferred.uncancelled(value)
+    return attempt.answer
+
+
+async def _identify(scope: Scope, body: _Body) -> Dispatch | None:
+    """Return the dispatch that a request is part of, None for anybody else's; the scope tells the truth afterwards.
+
+    Raises `TokenError` if there is a token, but not a valid one for this request (the scope is cleaned all the same).
+    """
+    known = scope.get(ENVIRON_KEY)
+    if isinstance(known, Dispatch):
+        _tell(scope, known)
+        return known
+    signature = _clean(scope)
+    if not signature:
+        return None
+    runtime = config.runtime()
+    vouched = token.verify(runtime.ring, runtime.clock, signature)
+    dispatch = vouched.dispatch(
+        method=scope["method"],
+        path="".join(_split_path(scope)),
+        query=scope.get("query_string", b"").decode("latin-1"),
+        body=await body.read(scope["headers"]),
+        prefix=runtime.settings["prefix"],
+    )
+    scope[ENVIRON_KEY] = dispatch
+    _tell(scope, dispatch)
+    return dispatch
+
+
+class _Body:
+    """A request's body: read whole, once, and only if somebody asks; then replayed to the app."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._data: bytes | None = None
+        self._replayed = False
+
+    async def read(self, headers: Headers) -> bytes:
+        """Return the body; `TokenError` if it is longer than any task's, or the client leaves before its end."""
+        if self._data is not None:
+            return self._data
+        for name, value in headers:
+            if name.lower() == b"content-length":
+                inbound.content_length(value.decode("latin-1"))
+        parts, size, more = [], 0, True
+        while more:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise TokenError("the client left before the end of the body")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > inbound.MAX_BODY:
+                raise inbound.too_long()
+            parts.append(part)
+            more = message.get("more_body", False)
+        self._data = b"".join(parts)
+        return self._data
+
+    async def replay(self) -> Message:
+        """Receive for the app: the body that was read, then what the server says."""
+        if self._data is None or self._replayed:
+            return await self._receive()
+        self._replayed = True
+        return {"type": "http.request", "body": self._data, "more_body": False}
+
+
+def _clean(scope: Scope) -> str:
+    """Take the headers that only an engine may set out of *scope*; return the dispatch token that was among them."""
+    kept: list[tuple[bytes, bytes]] = []
+    signatures: list[str] = []
+    for name, value in scope["headers"]:
+        spelled = name.decode("latin-1")
+        if not inbound.is_engines(spelled):
+            kept.append((name, value))
+        elif spelled.strip().lower().replace("_", "-") == _SIGNATURE:
+            signatures.append(value.decode("latin-1"))
+    scope["headers"] = kept
+    client = scope.get("client")
+    if client is not None and client[0] == inbound.TASK_ADDRESS:  # nothing else comes from there
+        scope["client"] = (inbound.NO_ADDRESS, client[1])
+    return ",".join(signatures)  # as WSGI servers do it: two of them are valid nowhere
+
+
+def _tell(scope: Scope, dispatch: Dispatch) -> None:
+    _clean(scope)
+    scope["headers"] += [
+        (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in dispatch.headers.items()
+    ]
+    scope["client"] = (inbound.TASK_ADDRESS, 0)
+
+
+def _split_path(scope: Scope) -> tuple[str, str]:
+    """Return `root_path` and the path below it; newer servers repeat the one in `path`, older ones don't."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    return root, path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+async def _respond(send: Send, answer: deferred.Answer) -> None:
+    headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
+    await send({"type": "http.response.start", "status": int(answer.status), "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body.encode()})
+
+
+# --- for the in-process engine --------------------------------------------------------------------------------------
+
+
+def as_wsgi(app: AsgiApp) -> Bridge:
+    """Return a WSGI app that serves *app*, with the deferred handler in it, on one event loop in a thread of its own."""
+    return Bridge(wrap_asgi_app(app))
+
+
+class Bridge:
+    """An ASGI app as a WSGI app, for the engine's threads. The loop and the app's lifespan start with the first call.
+
+    Deferred coroutine functions run on the app's loop; plain functions stay in the engine's thread, which saves them two
+    hand-offs.
+    """
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._lifespan = _Lifespan(app)
+
+    def start(self) -> None:
+        """Start the loop and the app; `AppError` if the app can't start."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the app's loop is closed")
+            if self._thread is not None:
+                return
+            started: Future[None] = Future()
+            thread = threading.Thread(target=self._run, args=(started,), name="deferlib-asgi", daemon=True)
+            thread.start()
+            started.result()
+            self._thread = thread
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """Cancel what still runs, shut the app down and end the loop. May be called again."""
+        with self._lock:
+            thread, self._thread, self._closed = self._thread, None, True
+        if thread is not None:
+            atexit.unregister(self.close)
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            thread.join(_PATIENCE)
+
+    def __call__(self, environ: inbound.Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if self._thread is None:
+            self.start()
+        dispatch = environ.get(ENVIRON_KEY)
+        if isinstance(dispatch, Dispatch) and environ["PATH_INFO"] == deferred.DEFAULT_URL:
+            if environ["REQUEST_METHOD"] != "POST":
+                return deferred.WRONG_METHOD.respond(start_response)
+            answer = copy_context().run(deferred.perform, dispatch, inbound.read_body(environ), self._finish)
+            return answer.respond(start_response)
+        body = inbound.read_body(environ)
+        status, headers, answered = self._wait(_exchange(self._app, self._scope(environ), body))
+        start_response(f"{status} {_PHRASES.get(status, 'Unknown')}", headers)
+        return [answered]
+
+    def _finish(self, value: Any) -> Any:
+        return self._wait(deferred.uncancelled(value)) if inspect.isawaitable(value) else value
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run *coroutine* on the loop, in this thread's context, and wait for it."""
+        guarded = _guarded(coroutine)
+        try:
+            future = asyncio.run_coroutine_threadsafe(guarded, self._loop)
+        except RuntimeError:  # closed meanwhile
+            guarded.close()
+            coroutine.close()
+            raise
+        value, error = future.result()
+        if error is not None:
+            raise error
+        return value
+
+    def _scope(self, environ: inbound.Environ) -> Scope:
+        raw = environ.get("PATH_INFO", "").encode("latin-1", "replace")
+        headers = [
+            (key[5:].lower().replace("_", "-").encode("latin-1"), str(value).encode("latin-1", "replace"))
+            for key, value in environ.items()
+            if key.startswith("HTTP_")
+        ]
+        for key, name in (("CONTENT_TYPE", b"content-type"), ("CONTENT_LENGTH", b"content-length")):
+            if environ.get(key):
+                headers.append((name, environ[key].encode("latin-1", "replace")))
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": environ["REQUEST_METHOD"],
+            "scheme": environ.get("wsgi.url_scheme", "http"),
+            "path": raw.decode("utf-8", "replace"),
+            "query_string": environ.get("QUERY_STRING", "").encode("latin-1", "replace"),
+            "root_path": "",
+            "headers": headers,
+            "client": None,
+            "server": (environ.get("SERVER_NAME", "localhost"), int(environ.get("SERVER_PORT", 80))),
+            "state": dict(self._lifespan.state),
+            ENVIRON_KEY: environ.get(ENVIRON_KEY),
+        }
+
+    def _run(self, started: Future[None]) -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except BaseException as error:  # the app is the user's
+            if started.done():
+                log.error("the app's loop failed", exc_info=error)
+            else:
+                started.set_exception(error)
+
+    async def _serve(self, started: Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        await self._lifespan.startup()
+        started.set_result(None)
+        await self._stopping.wait()
+        rest = asyncio.all_tasks() - {asyncio.current_task(), self._lifespan.task}
+        for task in rest:
+            task.cancel()
+        await asyncio.wait(rest, timeout=_PATIENCE / 2) if rest else None
+        await self._lifespan.shutdown()
+
+
+async def _guarded(coroutine: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
+    """Return what *coroutine* returns and raises: a SystemExit that leaves a task would end the whole loop."""
+    try:
+        return await coroutine, None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error
+
+
+class _Lifespan:
+    """An app's lifespan, for apps that have one."""
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+        self._failure = ""
+        self.state: dict[str, Any] = {}
+        self.task: asyncio.Task[None] | None = None
+
+    async def startup(self) -> None:
+        """Start the app; `AppError` if it says that it failed."""
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        self._answered = asyncio.Event()
+        self.task = asyncio.create_task(self._main())
+        await self._messages.put({"type": "lifespan.startup"})
+        await self._answered.wait()
+        if self._failure:
+            raise AppError(self._failure)
+
+    async def shutdown(self) -> None:
+        """Shut the app down; wait a few seconds for it."""
+        if self.task is not None and not self.task.done():
+            await self._messages.put({"type": "lifespan.shutdown"})
+            await asyncio.wait({self.task}, timeout=_PATIENCE / 2)
+
+    async def _main(self) -> None:
+        scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
+        try:
+            await self._app(scope, self._messages.get, self._send)
+        except Exception as error:
+            if self._answered.is_set():
+                log.error("the app failed in its lifespan", exc_info=error)
+            # else it has no lifespan: the specification's way to say so
+        finally:
+            self._answered.set()
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "lifespan.startup.failed":
+            reason = str(message.get("message") or "it gave no reason").strip().splitlines()[-1]
+            self._failure = f"the app's startup failed: {payload.one_line(reason, 300)}"
+        if message["type"].startswith("lifespan.startup."):
+            self._answered.set()
+
+
+async def _exchange(app: AsgiApp, scope: Scope, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Make one request to *app*; return status, headers and the beginning of the body."""
+    requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    done = asyncio.Event()
+    status, headers, parts, size = 0, [], [], 0
+
+    async def receive() -> Message:
+        if requests:
+            return requests.pop()
+        await done.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        nonlocal status, headers, size
+        if message["type"] == "http.response.start":
+            status = int(message["status"])
+            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message.get("headers", ())]
+        elif message["type"] == "http.response.body":
+            part = message.get("body", b"")[: _KEPT - size]
+            size += len(part)
+            parts.append(part)
+            if not message.get("more_body", False):
+                done.set()
+
+    await app(scope, receive, send)
+    if not status:
+        raise RuntimeError("the app returned without an answer")
+    return status, headers, b"".join(parts)

@@ -1,0 +1,426 @@
+"""The engine's turns, one by one, on the bench."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from deferlib.core.model import MINUTE, SECOND, ClaimSpec, QueueConfig
+from deferlib.errors import EnqueueUnknownError, StoreBusyError, StoreFullError
+from deferlib.store.sqlite_tx import SqliteTx
+from tests.unit.engine_bench import LEASE, Bench, Carrier
+
+
+def fail(error: type[BaseException]) -> Callable[[], None]:
+    def raising() -> None:
+        raise error("on purpose")
+
+    return raising
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.store.close()
+
+
+# --- turns ----------------------------------------------------------------------------------------------------------
+
+
+def test_turn_delivers_what_is_due_and_settles_what_was_answered(bench: Bench) -> None:
+    [delivery] = bench.deliver(1)
+    leased = bench.row(1)
+
+    bench.carrier.answer(delivery)
+    bench.engine.turn()
+
+    assert leased is not None
+    assert leased.state(bench.now) == "leased"
+    assert bench.row(1) is None
+    assert bench.engine.idle
+
+
+def test_idle_turn_opens_no_transaction_and_sleeps_until_the_next_look_at_the_queues(bench: Bench) -> None:
+    bench.engine.turn()
+    bench.store.begun.clear()
+
+    until = bench.engine.turn()
+
+    assert bench.store.begun == []
+    assert until == bench.now + SECOND
+
+
+def test_turn_after_a_hint_comes_at_once(bench: Bench) -> None:
+    bench.engine.turn()
+
+    bench.engine.wake()
+
+    assert bench.carrier.wakes == 1
+    assert bench.engine.turn() > bench.now, "the hint is taken"
+
+
+def test_retry_is_sent_at_its_time_without_any_hint(bench: Bench) -> None:
+    [delivery] = bench.deliver(1)
+    bench.carrier.answer(delivery, 500)
+
+    until = bench.engine.turn()
+
+    assert until == bench.now + SECOND // 10
+    bench.clock.move_to(until)
+    bench.engine.turn()
+    assert [again.claim.attempts for again in bench.carrier.sent] == [2]
+
+
+def test_long_delivery_is_renewed_before_anything_is_claimed(bench: Bench) -> None:
+    [delivery] = bench.deliver(1)
+    bench.clock.advance(31)  # past the lease: nobody else took it
+
+    bench.engine.wake()
+    bench.engine.turn()
+
+    row = bench.row(1)
+    assert row is not None
+    assert (row.claims, row.due, row.lost) == (delivery.claim.claims, bench.now + LEASE, 0)
+    assert bench.carrier.sent == [delivery]
+
+
+def test_paused_queue_is_noticed_within_a_second(bench: Bench) -> None:
+    bench.engine.turn()
+    bench.store.real.run(lambda tx: tx.pause(["default"], True))
+    bench.clock.advance(1)
+
+    assert bench.deliver(1) == []
+
+
+def test_delivery_that_lost_its_lease_is_cancelled(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    [delivery] = bench.deliver(1)
+    bench.clock.advance(31)
+    bench.store.real.run(lambda tx: tx.claim(bench.now, [ClaimSpec("default", 1, 1, bench.now + LEASE)]))
+
+    bench.engine.turn()
+
+    assert bench.carrier.cancelled == [delivery.claim[:2]]
+    assert "lost its lease" in caplog.text
+    assert bench.engine.idle
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("moment", "error"),
+    [
+        ("before_begin", StoreBusyError),
+        ("before_commit", StoreFullError),
+        ("before_commit", EnqueueUnknownError),
+        ("after_commit", EnqueueUnknownError),
+    ],
+)
+@pytest.mark.parametrize("status", [200, 500])
+def test_failed_transaction_loses_no_outcome(bench: Bench, moment: str, error: type[Exception], status: int) -> None:
+    [delivery] = bench.deliver(1)
+    bench.carrier.answer(delivery, status)
+    setattr(bench.store, moment, fail(error))
+    with pytest.raises(error):
+        bench.engine.turn()
+
+    setattr(bench.store, moment, lambda: None)
+    bench.engine.turn()
+
+    row = bench.row(1)
+    assert (row is None) == (status == 200)
+    assert row is None or (row.attempts, row.failures) == (1, 1)
+    assert bench.engine.idle
+
+
+@pytest.mark.parametrize("step", ["answer", "settle", "claim", "commit", "committed", "send"])
+def test_failure_at_any_step_loses_no_task(bench: Bench, step: str) -> None:
+    bench.carrier.answer(*bench.deliver(1))
+    bench.add(2, 3)
+    bench.at_step[step] = fail(RuntimeError)
+    with pytest.raises(RuntimeError):
+        bench.engine.turn()
+
+    for _ in range(3):
+        bench.engine.turn()
+        for delivery in list(bench.carrier.sent):
+            bench.carrier.answer(delivery)
+        bench.clock.advance(31)  # a claim that was committed and forgotten runs out
+
+    assert [bench.row(id) for id in (1, 2, 3)] == [None, None, None]
+    assert bench.engine.idle
+
+
+def test_delivery_that_the_transport_fails_to_take_is_tried_again_and_the_others_are_sent(bench: Bench) -> None:
+    bench.add(1, 2, 3)
+    bench.carrier.broken = True
+    with pytest.raises(OSError, match="too many open files"):
+        bench.engine.turn()
+
+    bench.engine.turn()
+
+    row = bench.row(1)
+    assert [delivery.claim.id for delivery in bench.carrier.sent] == [2, 3]
+    assert row is not None
+    assert (row.state(bench.now), row.failures) == ("scheduled", 0)
+    assert row.reason == "the transport failed: OSError: too many open files"
+
+
+def test_claim_whose_lease_ran_out_before_it_was_sent_is_not_sent(bench: Bench) -> None:
+    bench.at_step["send"] = lambda: bench.clock.advance(28)
+
+    deliveries = bench.deliver(1)
+    bench.engine.turn()  # releases it, and claims it again
+    bench.engine.turn()
+
+    row = bench.row(1)
+    assert deliveries == []
+    assert row is not None
+    assert row.attempts == 1, "the stall was not the task's failure"
+    assert [delivery.claim.claims for delivery in bench.carrier.sent] == [row.claims]
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_claim_from_a_queue_without_limits_needs_no_sync(bench: Bench) -> None:
+    bench.deliver(1)
+
+    assert bench.store.begun == [False]
+
+
+def test_settle_and_claim_of_limited_queues_are_synced_and_renewals_are_not(bench: Bench) -> None:
+    bench.put(QueueConfig(name="limited", rate=1.0))
+    [delivery] = bench.deliver(1, queue="limited")
+    assert bench.store.begun == [True]
+
+    bench.clock.advance(10)
+    bench.engine.turn()
+    assert bench.store.begun[1:] == [False]
+
+    bench.carrier.answer(delivery)
+    bench.engine.turn()
+    assert bench.store.begun[2:] == [True]
+
+
+def test_looking_at_an_empty_limited_queue_writes_nothing(bench: Bench) -> None:
+    bench.put(QueueConfig(name="limited", max_concurrent=1))
+    bench.engine.turn()
+
+    bench.engine.wake()
+    bench.engine.turn()
+
+    with bench.store.real.begin() as tx:
+        assert {row.owner for row in tx.queues()} == {""}
+
+
+def test_expired_tombstones_are_swept_in_slices(bench: Bench) -> None:
+    def left() -> int:
+        with bench.store.real.begin() as tx:
+            return sum(bool(tx.find("default", [f"name-{id}"])) for id in range(1, 602))
+
+    for id in range(1, 602):
+        bench.add(id, name=f"name-{id}")
+    bench.store.real.run(lambda tx: tx.purge(bench.now, "default", 1_000))
+    bench.engine.turn()
+    bench.clock.advance(9 * 86_400)
+
+    until = bench.engine.turn()
+    assert left() == 101
+    assert until == bench.now + SECOND // 10
+
+    bench.clock.move_to(until)
+    bench.engine.turn()
+    assert left() == 0
+
+
+def test_failing_sweep_does_not_stop_deliveries(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SqliteTx, "sweep", lambda *_: fail(StoreFullError)())
+    bench.clock.advance(10 * MINUTE / SECOND)
+    bench.add(1)
+    with pytest.raises(StoreFullError):
+        bench.engine.turn()
+
+    bench.engine.turn()
+
+    assert len(bench.carrier.sent) == 1
+
+
+# --- limited queues -------------------------------------------------------------------------------------------------
+
+
+def test_limited_queue_is_dispatched_by_one_engine_and_taken_over_when_that_is_gone(bench: Bench) -> None:
+    bench.put(QueueConfig(name="narrow", max_concurrent=1))
+    bench.deliver(1, queue="narrow")
+    other = Carrier(bench.clock)
+    successor = bench.boot("other", other)
+    bench.add(2, queue="narrow")
+
+    successor.turn()
+    assert other.sent == []
+
+    bench.clock.advance(30)
+    successor.turn()
+    assert [delivery.claim.id for delivery in other.sent] == [2]
+
+
+@pytest.mark.parametrize("waits_for_the_store", [False, True])
+def test_engine_that_overslept_does_not_renew_under_the_new_owner(bench: Bench, waits_for_the_store: bool) -> None:
+    bench.put(QueueConfig(name="narrow", max_concurrent=1))
+    [delivery] = bench.deliver(1, 2, queue="narrow")
+    other = Carrier(bench.clock)
+    successor = bench.boot("other", other)
+
+    def oversleep() -> None:
+        bench.store.before_begin = lambda: None
+        bench.clock.advance(30)
+        successor.turn()
+
+    bench.clock.advance(15)
+    if waits_for_the_store:
+        bench.store.before_begin = oversleep
+    else:
+        oversleep()
+    bench.engine.turn()
+
+    assert [taken.claim.id for taken in other.sent] == [2]
+    assert bench.carrier.sent == []
+    assert bench.carrier.cancelled == [delivery.claim[:2]]
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------
+
+
+def stop(bench: Bench, *graces: float) -> Callable[[], None]:
+    def stopping() -> None:
+        for grace in graces:
+            bench.engine.stop(round(grace * SECOND))
+
+    return stopping
+
+
+def test_stop_releases_what_has_not_started_with_its_attempt_refunded(bench: Bench) -> None:
+    bench.add(1)
+    bench.carrier.during_wait.append(stop(bench, 25))
+
+    bench.engine.run()
+
+    row = bench.row(1)
+    assert row is not None
+    assert (row.state(bench.now), row.attempts, row.reason) == ("ready", 0, "")
+
+
+def test_stop_finishes_what_runs_within_the_grace_time(bench: Bench) -> None:
+    def answer() -> None:
+        bench.clock.advance(5)
+        bench.carrier.answer(bench.carrier.sent[0])
+
+    begun = bench.now
+    bench.add(1)
+    bench.carrier.started.add(1)
+    bench.carrier.during_wait += [stop(bench, 25), answer]
+
+    bench.engine.run()
+
+    assert bench.row(1) is None
+    assert bench.now - begun == 5 * SECOND
+
+
+def test_what_still_runs_after_the_grace_time_keeps_its_lease(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    begun = bench.now
+    bench.add(1)
+    bench.carrier.started.add(1)
+    bench.carrier.during_wait.append(stop(bench, 25))
+
+    bench.engine.run()
+
+    row = bench.row(1)
+    assert bench.now - begun == 25 * SECOND
+    assert row is not None
+    assert (row.state(bench.now), row.attempts) == ("leased", 1)
+    assert "1 tasks still ran" in caplog.text
+
+
+def test_second_stop_shortens_the_grace_time(bench: Bench) -> None:
+    begun = bench.now
+    bench.add(1)
+    bench.carrier.started.add(1)
+    bench.carrier.during_wait += [stop(bench, 25), stop(bench, 3)]
+
+    bench.engine.run()
+
+    assert bench.now - begun == 3 * SECOND
+
+
+def test_later_stop_does_not_lengthen_the_grace_time(bench: Bench) -> None:
+    begun = bench.now
+    bench.add(1)
+    bench.carrier.started.add(1)
+    bench.carrier.during_wait += [stop(bench, 3, 25)]
+
+    bench.engine.run()
+
+    assert bench.now - begun == 3 * SECOND
+
+
+def test_engine_that_has_finished_gives_its_queues_back(bench: Bench) -> None:
+    bench.put(QueueConfig(name="narrow", max_concurrent=1))
+    bench.add(1, queue="narrow")
+    bench.carrier.during_wait.append(stop(bench, 25))
+
+    bench.engine.run()
+
+    with bench.store.real.begin() as tx:
+        assert {row.owner for row in tx.queues()} == {""}
+
+
+def test_drain_releases_what_a_failure_left_unsent(bench: Bench) -> None:
+    bench.add(1)
+    bench.at_step["send"] = fail(RuntimeError)
+    with pytest.raises(RuntimeError):
+        bench.engine.turn()
+
+    bench.engine.drain()
+    bench.engine.turn()
+
+    row = bench.row(1)
+    assert row is not None
+    assert (row.state(bench.now), row.attempts, row.reason) == ("ready", 0, "the engine is stopping")
+
+
+@pytest.mark.parametrize("error", [StoreBusyError, RuntimeError])
+def test_run_goes_on_after_a_turn_that_failed(
+    bench: Bench, error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    def heal() -> None:
+        bench.store.before_begin = lambda: None
+
+    def answer() -> None:
+        bench.carrier.answer(bench.carrier.sent[0])
+
+    bench.add(1)
+    bench.store.before_begin = fail(error)
+    bench.carrier.during_wait += [heal, answer, stop(bench, 25)]
+
+    bench.engine.run()
+
+    assert bench.row(1) is None
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+def test_store_that_fails_to_the_end_does_not_keep_the_engine_from_stopping(bench: Bench) -> None:
+    begun = bench.now
+    bench.add(1)
+
+    def breaking() -> None:
+        bench.store.before_begin = fail(StoreBusyError)
+        bench.engine.stop(2 * SECOND)
+
+    bench.carrier.during_wait.append(breaking)
+
+    bench.engine.run()
+
+    assert bench.now - begun == 2 * SECOND

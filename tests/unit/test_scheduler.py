@@ -1,0 +1,438 @@
+"""What the scheduler decides, one decision at a time; without store, transport or clock."""
+
+from __future__ import annotations
+
+import copy
+from random import Random
+from typing import Any
+
+import pytest
+
+from deferlib.core import bucket
+from deferlib.core.model import (
+    DAY,
+    MINUTE,
+    SECOND,
+    Action,
+    Claim,
+    ClaimSpec,
+    Delivery,
+    Kind,
+    Limiter,
+    Mode,
+    Outcome,
+    QueueConfig,
+    QueueRow,
+    Result,
+    RetryPolicy,
+)
+from deferlib.core.scheduler import CLAIM_BYTES, ISOLATION_DELAY, NEVER, UNRESOLVED_DELAY, Rules, Scheduler
+
+NOW = 1_000 * SECOND
+LEASE = 30 * SECOND
+BASE = "http://app"
+
+
+def make(*configs: QueueConfig, **rules: Any) -> Scheduler:
+    rules = {"node": "me", "lease": LEASE, "base": BASE, "targets": {"worker": "http://worker"}, **rules}
+    scheduler = Scheduler(Rules(**rules), Random(0))
+    scheduler.configure([QueueRow(config=config) for config in configs or [QueueConfig(name="default")]])
+    return scheduler
+
+
+def claim(id: int = 1, **fields: Any) -> Claim:
+    values: dict[str, Any] = {
+        "claims": NOW, "queue": "default", "name": None, "eta": NOW, "until": NOW + LEASE, "attempts": 1, "executions": 0,
+        "failures": 0, "lost": 0, "first_try": NOW, "status": 0, "reason": "", "method": "POST", "url": "/", "target": "",
+        "headers": "", "namespace": "", "tag": "", "retry": "", "deadline": 0, "fail_fast": 0, "created": NOW,
+        "history": "", "body": b"",
+    }  # fmt: skip
+    return Claim(id=id, **{**values, **fields})
+
+
+def result(claim: Claim, kind: Kind = Kind.ANSWERED, status: int = 200, outcome: str = "", error: str = "") -> Result:
+    return Result(claim.id, claim.claims, kind, NOW, NOW + 5, status, outcome, error)
+
+
+def room(slots: int) -> Any:
+    return lambda base: slots
+
+
+def commit(
+    scheduler: Scheduler, *claims: Claim, now: int = NOW, due: dict[str, int] | None = None, slots: int = 100
+) -> list[Delivery]:
+    """Let a transaction claim *claims* of what is planned; return what to send."""
+    specs = scheduler.plan(now, room(slots))
+    peeked = scheduler.peeks(specs)
+    wanted = scheduler.limited(now, peeked, dict.fromkeys(peeked, now))
+    owned = {name: Limiter(0, now + LEASE) for name in wanted}
+    deliveries, refused = scheduler.claimed(now, scheduler.admit(now, specs, owned), claims, due or {}, owned, wanted)
+    assert not refused
+    return deliveries
+
+
+def asked(specs: list[ClaimSpec]) -> dict[str, int]:
+    return {spec.queue: spec.limit for spec in specs}
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_asks_for_what_has_room_for_one_lease() -> None:
+    scheduler = make()
+
+    assert scheduler.plan(NOW, room(7)) == [ClaimSpec("default", 7, CLAIM_BYTES, NOW + LEASE, 0)]
+
+
+def test_plan_without_room_asks_for_nothing() -> None:
+    assert make().plan(NOW, room(0)) == []
+
+
+def test_queues_share_the_room_evenly() -> None:
+    scheduler = make(*(QueueConfig(name=name) for name in "abc"))
+
+    assert asked(scheduler.plan(NOW, room(9))) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_queue_that_comes_short_is_first_in_the_next_turn() -> None:
+    scheduler = make(*(QueueConfig(name=name) for name in "abc"))
+    served = []
+
+    for _ in range(3):
+        served.append(asked(scheduler.plan(NOW, room(1))))
+        commit(scheduler, claim(len(served), queue=next(iter(served[-1]))), slots=1)
+
+    assert served == [{"a": 1}, {"b": 1}, {"c": 1}]
+
+
+def test_room_of_one_target_is_not_shared_with_another() -> None:
+    scheduler = make(QueueConfig(name="a"), QueueConfig(name="b", target="worker"))
+
+    plan = scheduler.plan(NOW, lambda base: {BASE: 4, "http://worker": 2}[base])
+
+    assert asked(plan) == {"a": 4, "b": 2}
+
+
+def test_plan_and_renewals_change_no_state() -> None:
+    scheduler = make(QueueConfig(name="a", rate=1.0), QueueConfig(name="b", max_concurrent=2))
+    commit(scheduler, claim(queue="b"))
+    before = copy.deepcopy(scheduler)
+
+    again = [(scheduler.plan(NOW + LEASE, room(5)), scheduler.renewals(NOW + LEASE)) for _ in range(3)]
+
+    assert again[0] == again[1] == again[2] == (before.plan(NOW + LEASE, room(5)), before.renewals(NOW + LEASE))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (QueueRow(config=QueueConfig(name="default"), paused=True), "paused"),
+        (QueueRow(config=QueueConfig(name="default", rate=0.0)), "paused: its rate is 0"),
+        (QueueRow(config=QueueConfig(name="default", mode=Mode.PULL)), "workers lease from a pull queue"),
+    ],
+)
+def test_queue_on_hold_is_left_alone_and_says_why(row: QueueRow, reason: str) -> None:
+    scheduler = make()
+    scheduler.configure([row])
+
+    assert scheduler.plan(NOW, room(5)) == []
+    decision = scheduler._queues["default"].hold(NOW)
+    assert decision is not None
+    assert (decision.reason, decision.until) == (reason, None)
+
+
+def test_resumed_queue_is_looked_at_at_once() -> None:
+    scheduler = make()
+    commit(scheduler)  # found nothing
+    scheduler.configure([QueueRow(config=QueueConfig(name="default"), paused=True)])
+
+    scheduler.configure([QueueRow(config=QueueConfig(name="default"))])
+
+    assert scheduler.wake_at(NOW, room(5)) <= NOW
+    assert scheduler.plan(NOW, room(5))
+
+
+def test_removed_queue_is_forgotten_and_what_flies_still_lands() -> None:
+    scheduler = make()
+    [delivery] = commit(scheduler, claim())
+    scheduler.configure([])
+
+    outcome = scheduler.finished(NOW, result(delivery.claim))
+
+    assert outcome is not None
+    assert outcome.action is Action.DONE
+    assert scheduler.in_flight == 0
+
+
+def test_draining_scheduler_claims_nothing_and_wakes_for_renewals_alone() -> None:
+    scheduler = make()
+    commit(scheduler, claim())
+
+    scheduler.drain()
+
+    assert scheduler.plan(NOW, room(5)) == []
+    assert scheduler.wake_at(NOW, room(5)) == NOW + LEASE // 3
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_asks_for_no_more_than_the_tokens() -> None:
+    scheduler = make(QueueConfig(name="default", rate=2.0, bucket_size=3))
+
+    [spec] = scheduler.plan(NOW, room(10))
+
+    assert (spec.limit, spec.interval) == (3, SECOND // 2)
+
+
+def test_queue_without_a_token_waits_for_the_next_one() -> None:
+    scheduler = make(QueueConfig(name="default", rate=2.0, bucket_size=3))
+    commit(scheduler, *(claim(id) for id in range(3)))
+
+    assert scheduler.plan(NOW, room(10)) == []
+    assert scheduler.wake_at(NOW, room(10)) == NOW + SECOND // 2
+    assert asked(scheduler.plan(NOW + SECOND // 2, room(10))) == {"default": 1}
+
+
+def test_plan_asks_for_no_more_than_the_free_places() -> None:
+    scheduler = make(QueueConfig(name="default", max_concurrent=3))
+    [delivery, _] = commit(scheduler, claim(1), claim(2), due={"default": NOW})
+
+    assert asked(scheduler.plan(NOW, room(10))) == {"default": 1}
+
+    commit(scheduler, claim(3))
+    assert scheduler.plan(NOW, room(10)) == []
+
+    scheduler.finished(NOW, result(delivery.claim))
+    assert asked(scheduler.plan(NOW, room(10))) == {"default": 1}
+
+
+def test_limited_queue_is_owned_if_something_is_due_there() -> None:
+    scheduler = make(QueueConfig(name="free"), QueueConfig(name="busy", rate=1.0), QueueConfig(name="idle", rate=1.0))
+    peeked = scheduler.peeks(scheduler.plan(NOW, room(10)))
+
+    wanted = scheduler.limited(NOW, peeked, {"busy": NOW, "idle": NOW + 1})
+
+    assert sorted(peeked) == ["busy", "idle"]
+    assert wanted == ["busy"]
+
+
+def test_limited_queue_is_owned_while_something_of_it_is_in_flight() -> None:
+    scheduler = make(QueueConfig(name="default", max_concurrent=1))
+    commit(scheduler, claim())
+
+    assert scheduler.limited(NOW, [], {}) == ["default"]
+
+
+def test_limited_queue_where_nothing_is_due_is_looked_at_when_something_is() -> None:
+    scheduler = make(QueueConfig(name="default", rate=1.0))
+
+    scheduler.looked(NOW, ["default"], {"default": NOW + 7})
+
+    assert scheduler.wake_at(NOW, room(5)) == NOW + 7
+
+
+def test_queue_of_another_owner_is_left_out_and_tried_again_within_the_lease() -> None:
+    scheduler = make(QueueConfig(name="free"), QueueConfig(name="limited", rate=1.0))
+    specs = scheduler.plan(NOW, room(10))
+
+    admitted = scheduler.admit(NOW, specs, {})
+    scheduler.claimed(NOW, admitted, [], {}, {}, ["limited"])
+
+    assert asked(admitted) == {"free": 5}
+    assert scheduler.plan(NOW, room(10)) == []
+    assert NOW < scheduler.wake_at(NOW, room(10)) < NOW + LEASE
+
+
+def test_tokens_that_another_engine_spent_are_respected() -> None:
+    scheduler = make(QueueConfig(name="default", rate=1.0, bucket_size=5))
+    specs = scheduler.plan(NOW, room(10))
+    two_left = Limiter(bucket.spent(0, SECOND, 3, NOW), NOW + LEASE)
+    none_left = Limiter(bucket.spent(0, SECOND, 5, NOW), NOW + LEASE)
+
+    assert asked(specs) == {"default": 5}
+    assert asked(scheduler.admit(NOW, specs, {"default": two_left})) == {"default": 2}
+    assert scheduler.admit(NOW, specs, {"default": none_left}) == []
+
+
+# --- leases ---------------------------------------------------------------------------------------------------------
+
+
+def test_flight_is_renewed_after_a_third_of_its_lease_and_again_a_third_later() -> None:
+    scheduler = make()
+    [delivery] = commit(scheduler, claim())
+    at = NOW + LEASE // 3
+
+    assert scheduler.renewals(at - 1) == []
+    assert scheduler.wake_at(NOW, room(5)) == at
+    [renewal] = scheduler.renewals(at)
+    scheduler.settled(at, [renewal], [True])
+
+    assert renewal == Outcome(1, NOW, "default", Action.RENEW, at + LEASE)
+    assert scheduler.renewals(at) == []
+    assert scheduler.lease_end(delivery.claim) == at + LEASE
+    assert scheduler.renewals(at + LEASE // 3)
+
+
+def test_refused_renewal_ends_the_flight() -> None:
+    scheduler = make(QueueConfig(name="default", max_concurrent=1))
+    [delivery] = commit(scheduler, claim())
+    renewals = scheduler.renewals(NOW + LEASE)
+
+    lost = scheduler.settled(NOW + LEASE, renewals, [False])
+
+    assert lost == [delivery.claim]
+    assert scheduler.fenced == 1
+    assert scheduler.lease_end(delivery.claim) == 0
+    assert scheduler.finished(NOW + LEASE, result(delivery.claim)) is None
+    assert scheduler.plan(NOW + LEASE, room(5)), "its place is free again"
+
+
+def test_result_of_an_older_claim_counts_no_more() -> None:
+    scheduler = make()
+    commit(scheduler, claim(claims=NOW + 1))
+
+    assert scheduler.finished(NOW, result(claim(claims=NOW))) is None
+    assert scheduler.in_flight == 1
+
+
+@pytest.mark.parametrize(
+    ("queue", "foreign", "at", "forfeited"),
+    [
+        pytest.param("limited", ["limited"], NOW + LEASE, {1}, id="ran out under another owner"),
+        pytest.param("limited", ["limited"], NOW + LEASE - 1, set(), id="still held: the limit is new"),
+        pytest.param("limited", [], NOW + LEASE, set(), id="still owned"),
+        pytest.param("free", ["limited"], NOW + LEASE, set(), id="nobody owns it"),
+    ],
+)
+def test_lease_that_ran_out_is_not_renewed_under_a_new_owner(
+    queue: str, foreign: list[str], at: int, forfeited: set[int]
+) -> None:
+    scheduler = make(QueueConfig(name="limited", max_concurrent=1), QueueConfig(name="free"))
+    commit(scheduler, claim(queue=queue))
+
+    assert scheduler.forfeited(at, scheduler.renewals(at), foreign) == forfeited
+
+
+# --- looking ahead --------------------------------------------------------------------------------------------------
+
+
+def test_drained_queue_is_looked_at_when_something_is_due_next() -> None:
+    scheduler = make(QueueConfig(name="a"), QueueConfig(name="b"))
+    specs = scheduler.plan(NOW, room(4))
+    claims = [claim(1, queue="a"), claim(2, queue="a"), claim(3, queue="b")]
+
+    assert scheduler.drained(specs, claims) == ["b"]
+
+    scheduler.claimed(NOW, specs, claims, {"b": NOW + 9}, {}, [])
+    assert asked(scheduler.plan(NOW, room(4))) == {"a": 4}
+    assert asked(scheduler.plan(NOW + 9, room(4))) == {"a": 2, "b": 2}
+
+
+def test_empty_queue_is_looked_at_again_after_a_hint() -> None:
+    scheduler = make()
+    commit(scheduler)
+
+    assert scheduler.wake_at(NOW, room(5)) == NEVER
+
+    scheduler.woken()
+    assert scheduler.wake_at(NOW, room(5)) <= NOW
+
+
+@pytest.mark.parametrize("action", [Action.RETRY, Action.RELEASE])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_queue_is_looked_at_when_its_own_retry_is_due(action: Action, accepted: bool) -> None:
+    scheduler = make()
+    [delivery] = commit(scheduler, claim(), due={"default": NOW + LEASE})
+    scheduler.finished(NOW, result(delivery.claim, status=500))
+
+    scheduler.settled(NOW, [Outcome(1, NOW, "default", action, NOW + 100)], [accepted])
+
+    assert scheduler.wake_at(NOW, room(5)) == NOW + 100
+
+
+def test_busy_target_is_waited_for() -> None:
+    assert make().wake_at(NOW, room(0)) == NEVER
+
+
+# --- claims that may not be sent ------------------------------------------------------------------------------------
+
+
+def refuse(scheduler: Scheduler, *claims: Claim) -> list[Outcome]:
+    specs = scheduler.plan(NOW, room(10))
+    return scheduler.claimed(NOW, specs, claims, {}, {}, []).refused
+
+
+def test_task_that_killed_its_process_too_often_is_given_up() -> None:
+    [outcome] = refuse(make(in_process=True), claim(lost=3, name="x", status=500, history="[]"))
+
+    assert (outcome.action, outcome.named, outcome.at) == (Action.DEAD, True, NOW + 9 * DAY)
+    assert outcome.reason == "lost: its process died 3 times while it ran"
+    assert (outcome.charged, outcome.executed, outcome.status, outcome.history) == (0, 0, 500, "[]")
+
+
+def test_lost_leases_are_nobodys_fault_over_http() -> None:
+    [delivery] = commit(make(), claim(lost=1_000))
+
+    assert delivery.claim.lost == 1_000
+
+
+def test_suspects_run_one_at_a_time() -> None:
+    scheduler = make(in_process=True)
+    specs = scheduler.plan(NOW, room(10))
+    first, second, innocent = claim(1, lost=2), claim(2, lost=2), claim(3, lost=1)
+
+    deliveries, refused = scheduler.claimed(NOW, specs, [first, second, innocent], {}, {}, [])
+
+    assert [delivery.claim.id for delivery in deliveries] == [1, 3]
+    assert [(outcome.id, outcome.action, outcome.at) for outcome in refused] == [
+        (2, Action.RELEASE, NOW + ISOLATION_DELAY)
+    ]  # fmt: skip
+    scheduler.finished(NOW, result(first))
+    assert scheduler.claimed(NOW, specs, [second], {}, {}, []).deliveries
+
+
+@pytest.mark.parametrize("own", ["", '{"retry_limit":1}'])
+def test_task_over_a_limit_that_was_lowered_meanwhile_is_given_up(own: str) -> None:
+    queue = QueueConfig(name="default", retry=RetryPolicy(retry_limit=None if own else 1))
+
+    [outcome] = refuse(make(queue), claim(failures=2, retry=own))
+
+    assert (outcome.action, outcome.reason) == (Action.DEAD, "retry limit: 2 failures")
+
+
+def test_task_at_its_limit_is_still_sent() -> None:
+    assert commit(make(QueueConfig(name="default", retry=RetryPolicy(retry_limit=2))), claim(failures=2))
+
+
+def test_task_for_an_unknown_target_moves_back_and_says_why() -> None:
+    scheduler = make(QueueConfig(name="default"))
+
+    [outcome] = refuse(scheduler, claim(target="gone"))
+
+    assert (outcome.action, outcome.at) == (Action.RELEASE, NOW + UNRESOLVED_DELAY)
+    assert outcome.reason == "target 'gone' is not configured"
+
+
+def test_refused_claim_is_not_in_flight() -> None:
+    scheduler = make()
+
+    refuse(scheduler, claim(target="gone"))
+
+    assert scheduler.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("queue", "own", "base"), [("", "", BASE), ("", "worker", "http://worker"), ("worker", "gone", "http://worker")]
+)
+def test_target_of_the_queue_comes_before_the_tasks_own(queue: str, own: str, base: str) -> None:
+    [delivery] = commit(make(QueueConfig(name="default", target=queue)), claim(target=own))
+
+    assert delivery.base == base
+
+
+@pytest.mark.parametrize(("own", "deadline"), [(0, 10 * MINUTE), (SECOND, SECOND)])
+def test_deadline_is_the_tasks_or_the_queues(own: int, deadline: int) -> None:
+    [delivery] = commit(make(), claim(deadline=own))
+
+    assert delivery.deadline == deadline
