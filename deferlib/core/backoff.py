@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
@@ -11,6 +11,7 @@ from deferlib.core.model import SECOND, Micros, RetryPolicy
 
 MIN_WAIT: Micros = 10_000  # the floor under any backoff: a policy of 0 must not spin
 _MAX_EXPONENT = 1023
+_FIELDS = frozenset(field.name for field in fields(RetryPolicy))
 
 
 def backoff(policy: RetryPolicy, retry: int, rng: Random) -> Micros:
@@ -54,7 +55,8 @@ def policy_of(options: str, queue: RetryPolicy) -> RetryPolicy:
     if not options:
         return queue
     raw: dict[str, Any] = json.loads(options)
-    return repair(RetryPolicy(), raw)
+    known = {key: value for key, value in raw.items() if key in _FIELDS}  # a newer version may have added others
+    return repair(RetryPolicy(), known)
 
 
 def repair(base: RetryPolicy, raw: dict[str, Any]) -> RetryPolicy:

@@ -7,14 +7,13 @@ through `settled`, `claimed` and `finished`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 from deferlib.core import bucket
-from deferlib.core.backoff import backoff, may_retry, policy_of
+from deferlib.core.backoff import may_retry, policy_of
 from deferlib.core.model import (
     MINUTE,
     SECOND,
@@ -23,7 +22,6 @@ from deferlib.core.model import (
     ClaimSpec,
     Decision,
     Delivery,
-    Kind,
     Limiter,
     Micros,
     Mode,
@@ -32,15 +30,12 @@ from deferlib.core.model import (
     QueueRow,
     Result,
 )
+from deferlib.core.verdict import given_up, release, verdict
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
-HISTORY = 3  # attempts kept with a task
 ISOLATION_DELAY: Micros = SECOND // 10
 UNRESOLVED_DELAY: Micros = 30 * SECOND
 NEVER: Micros = 2**62
-
-# Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
-_QUARANTINED_LATER = frozenset({"undecodable", "key-unknown", "newer"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +178,17 @@ class Scheduler:
                 specs.append(self._spec(queue, count, now))
         return specs
 
-    def limited(self, specs: Iterable[ClaimSpec]) -> list[str]:
-        """Return the limited queues that need this engine as their owner: those it claims from or has in flight."""
-        names = {spec.queue for spec in specs}
+    def peeks(self, specs: Iterable[ClaimSpec]) -> list[str]:
+        """Return the limited queues of *specs*: they are owned only if something is due there.
+
+        Owning one writes, other engines take any write for a hint, and so do this one's own watchers: idle engines would
+        keep each other writing for ever.
+        """
+        return [spec.queue for spec in specs if self._queues[spec.queue].config.limited]
+
+    def limited(self, now: Micros, peeked: Iterable[str], due: Mapping[str, Micros]) -> list[str]:
+        """Return the limited queues to own: those with something due of the *peeked* ones, and those in flight here."""
+        names = {name for name in peeked if due.get(name, NEVER) <= now}
         return [name for name, q in self._queues.items() if q.config.limited and (name in names or q.in_flight)]
 
     def admit(self, now: Micros, specs: Iterable[ClaimSpec], owned: Mapping[str, Limiter]) -> list[ClaimSpec]:
@@ -221,6 +224,19 @@ class Scheduler:
             outcomes.append(Outcome(claim.id, claim.claims, claim.queue, Action.RENEW, now + self._rules.lease))
         return outcomes
 
+    def forfeited(self, now: Micros, outcomes: Sequence[Outcome], foreign: Iterable[str]) -> set[int]:
+        """Return the tasks not to be renewed: of a *foreign* queue (limited, another's), and past their lease.
+
+        Their fence may still hold, but the new owner counts on finding nothing of the former one in flight: renewed,
+        they would come on top of what it dispatches.
+        """
+        queues = set(foreign)
+        return {
+            outcome.id
+            for outcome in outcomes
+            if outcome.action is Action.RENEW and outcome.queue in queues and self._flights[outcome.id].until <= now
+        }
+
     def wake_at(self, now: Micros, room: Callable[[str], int]) -> Micros:
         """Return when `Engine.turn` should run next if nothing else happens."""
         at = NEVER
@@ -246,6 +262,8 @@ class Scheduler:
         for outcome, ok in zip(outcomes, accepted, strict=True):
             if outcome.action is not Action.RENEW:
                 self.fenced += not ok
+                if outcome.action is Action.RETRY or outcome.action is Action.RELEASE:
+                    self._due(outcome.queue, outcome.at)
                 continue
             flight = self._flights.get(outcome.id)
             if flight is None or flight.claim.claims != outcome.claims:
@@ -294,6 +312,13 @@ class Scheduler:
                 result.refused.append(outcome)
         return result
 
+    def looked(self, now: Micros, peeked: Iterable[str], due: Mapping[str, Micros]) -> None:
+        """Take what was found to be due next in the *peeked* queues."""
+        for name in peeked:
+            at = due.get(name, NEVER)
+            if at > now:
+                self._queues[name].look_at = at
+
     def lease_end(self, claim: Claim) -> Micros:
         """Return when the lease of *claim* ends as far as is committed; 0 once it is lost or over."""
         flight = self._flights.get(claim.id)
@@ -305,20 +330,9 @@ class Scheduler:
         if flight is None or flight.claim.claims != result.claims:
             return None
         self._land(flight)
-        claim = flight.claim
-        match result.kind:
-            case Kind.ANSWERED:
-                return self._answered(now, claim, result)
-            case Kind.TIMEOUT | Kind.MALFORMED:
-                return self._failed(now, claim, result, executed=1)
-            case Kind.UNREACHABLE:
-                return self._again(now, claim, result, executed=0)
-            case Kind.UNKNOWN:
-                return self._again(now, claim, result, executed=0)
-            case Kind.UNSENT:
-                return self._release(claim, now, result.error)
-            case _:
-                assert_never(result.kind)
+        config = self._config(flight.claim.queue)
+        after = self._rules.quarantine_after
+        return verdict(now, flight.claim, result, config, quarantine_after=after, rng=self._rng)
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
@@ -336,21 +350,27 @@ class Scheduler:
             queue.owned_by_other_until = 0
             queue.tat = limiter.tat
 
+    def _due(self, name: str, at: Micros) -> None:
+        """Look at a queue no later than *at*: this engine put something there."""
+        queue = self._queues.get(name)
+        if queue is not None:
+            queue.look_at = min(queue.look_at, at)
+
     def _unfit(self, now: Micros, claim: Claim) -> Outcome | None:
         """Return the outcome of a claim that must not be sent, or None."""
         config = self._config(claim.queue)
         if self._rules.in_process and claim.lost >= config.lost_limit:
-            return self._dead(now, claim, f"lost: its process died {claim.lost} times while it ran", claim.history)
+            return given_up(now, claim, config, f"lost: its process died {claim.lost} times while it ran")
         policy = policy_of(claim.retry, config.retry)
         if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
-            return self._dead(now, claim, f"retry limit: {claim.failures} failures", claim.history)
+            return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
         if self._rules.in_process:
             # The last chance of a task that may be killing its process: alone, so that it takes no other with it.
             if claim.lost >= max(config.lost_limit - 1, 1) and self._isolated not in (None, claim.id):
-                return self._release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
+                return release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
         elif self._resolve(config.target or claim.target) is None:
             target = config.target or claim.target
-            return self._release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
+            return release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
         return None
 
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
@@ -382,78 +402,9 @@ class Scheduler:
         known = self._queues.get(queue)
         return known.config if known is not None else QueueConfig(name=queue)
 
-    def _answered(self, now: Micros, claim: Claim, result: Result) -> Outcome:
-        if result.outcome == "permanent":
-            return self._dead(now, claim, "permanent", _story(claim, result), result)
-        if result.outcome == "unverified":
-            return self._dead(now, claim, "quarantine: unverified", _story(claim, result), result)
-        if 200 <= result.status <= 299:
-            expires = now + self._config(claim.queue).tombstone if claim.name else 0
-            return Outcome(
-                claim.id, claim.claims, claim.queue, Action.DONE, expires, claim.name is not None, 0, 1, result.status
-            )
-        if result.outcome in _QUARANTINED_LATER:
-            if now - claim.first_try >= self._rules.quarantine_after:
-                return self._dead(now, claim, f"quarantine: {result.outcome}", _story(claim, result), result)
-            return self._again(now, claim, result, executed=0)
-        if result.outcome == "untrusted":  # our token, or its key, is refused: the target's fault, not the task's
-            return self._again(now, claim, result, executed=0)
-        return self._failed(now, claim, result, executed=1)
-
-    def _failed(self, now: Micros, claim: Claim, result: Result, *, executed: int) -> Outcome:
-        """Charge a failure that the target reported: retry, or dead once the limits are exceeded."""
-        policy = policy_of(claim.retry, self._config(claim.queue).retry)
-        failures = claim.failures + 1
-        if may_retry(policy, failures, now - claim.first_try):
-            return self._again(now, claim, result, executed=executed, charged=1)
-        return self._dead(now, claim, f"limits: {failures} failures", _story(claim, result), result, charged=1)
-
-    def _again(self, now: Micros, claim: Claim, result: Result, *, executed: int, charged: int = 0) -> Outcome:
-        policy = policy_of(claim.retry, self._config(claim.queue).retry)
-        at = now + backoff(policy, claim.attempts - claim.lost, self._rng)
-        reason, story = _reason(result), _story(claim, result)
-        fence = (claim.id, claim.claims, claim.queue)
-        return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, reason, story)
-
-    def _dead(
-        self, now: Micros, claim: Claim, reason: str, story: str, result: Result | None = None, charged: int = 0
-    ) -> Outcome:
-        expires = now + self._config(claim.queue).tombstone if claim.name else 0
-        status, executed = (result.status, 1) if result is not None else (claim.status, 0)
-        if result is not None and result.error:
-            reason = f"{reason}: {result.error}"
-        fence = (claim.id, claim.claims, claim.queue)
-        named = claim.name is not None
-        return Outcome(*fence, Action.DEAD, expires, named, charged, executed, status, reason[:500], story)
-
-    def _release(self, claim: Claim, at: Micros, reason: str) -> Outcome:
-        return Outcome(claim.id, claim.claims, claim.queue, Action.RELEASE, at, reason=reason)
-
 
 def _count(claims: Iterable[Claim]) -> dict[str, int]:
     got: dict[str, int] = {}
     for claim in claims:
         got[claim.queue] = got.get(claim.queue, 0) + 1
     return got
-
-
-def _reason(result: Result) -> str:
-    """Return what went wrong in one line."""
-    if result.error:
-        return result.error[:500]
-    return f"HTTP {result.status}" if result.kind is Kind.ANSWERED else str(result.kind)
-
-
-def _story(claim: Claim, result: Result) -> str:
-    """Return the task's last attempts as JSON, this one added: what people will ask for when it fails."""
-    attempts = json.loads(claim.history) if claim.history else []
-    attempts.append(
-        {
-            "attempt": claim.attempts,
-            "at": result.started,
-            "micros": result.ended - result.started,
-            "status": result.status,
-            "error": _reason(result),
-        }
-    )
-    return json.dumps(attempts[-HISTORY:], separators=(",", ":"), ensure_ascii=False)

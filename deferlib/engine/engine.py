@@ -6,15 +6,27 @@ One thread owns the scheduler, the store connection of its turns, and the transp
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 from deferlib.clock import Clock
-from deferlib.core.model import MINUTE, SECOND, Action, ClaimSpec, Delivery, Kind, Micros, Outcome, Result
+from deferlib.core.model import (
+    MINUTE,
+    SECOND,
+    Action,
+    Claim,
+    ClaimSpec,
+    Delivery,
+    Kind,
+    Limiter,
+    Micros,
+    Outcome,
+    Result,
+)
 from deferlib.core.scheduler import Scheduler
-from deferlib.engine.transport import Transport
+from deferlib.engine.transport import ERROR_LENGTH, Transport
 from deferlib.errors import StoreError
-from deferlib.store import Store
+from deferlib.store import Store, Tx
 
 log = logging.getLogger("deferlib.engine")
 
@@ -54,12 +66,14 @@ class Engine:
         self._node = node
         self._lease = lease
         self._step = step
+        self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
+        self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._hinted = True
         self._reread_at: Micros = 0
         self._sweep_at: Micros = clock.now() + _SWEEP
         self._stop_at: Micros | None = None
-        self._stopping = threading.Event()
+        self._stopping = False  # not an Event: a signal handler that interrupts Event.set() would wait for itself
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -67,7 +81,7 @@ class Engine:
         """Work until `stop` is called; then drain: finish what runs, release what hasn't started."""
         with self._store.watch(self.wake):
             pause = _FIRST_PAUSE
-            while not self._stopping.is_set():
+            while not self._stopping:
                 try:
                     until = self.turn()
                     pause = _FIRST_PAUSE
@@ -81,7 +95,7 @@ class Engine:
         """Claim nothing more, and return from `run` within *grace*. From any thread or signal handler; again: sooner."""
         at = self._clock.now() + grace
         self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
-        self._stopping.set()
+        self._stopping = True
         self._transport.wake()
 
     def wake(self) -> None:
@@ -92,6 +106,25 @@ class Engine:
     def close(self) -> None:
         """Close the transport. The store belongs to whoever opened it."""
         self._transport.close()
+
+    def drain(self) -> None:
+        """Claim nothing from now on, and take back what hasn't started. Turns go on until `idle`; then `leave`.
+
+        Our own shutdown isn't the task's failure: what hasn't started is released with its attempt refunded.
+        """
+        self._scheduler.drain()
+        now = self._clock.now()
+        self._answers += self._transport.withdraw()
+        self._answers += (_unsent(delivery, now, "the engine is stopping") for delivery in self._outbox)
+        self._outbox.clear()
+
+    def leave(self) -> None:
+        """Give back the queues this engine owns, unless something of theirs still runs."""
+        if self._scheduler.in_flight:
+            log.warning("%d tasks still ran at the end of the grace time; they run again", self._scheduler.in_flight)
+            return
+        with self._store.begin() as tx:
+            tx.disown(self._node)
 
     @property
     def idle(self) -> bool:
@@ -106,27 +139,42 @@ class Engine:
         """
         now = self._clock.now()
         self._look(now)
-        for result in self._transport.results():
-            self._step("answer")
-            outcome = self._scheduler.finished(now, result)
-            if outcome is not None:
-                self._unsettled.append(outcome)
+        self._judge(now)
         outcomes = self._unsettled + self._scheduler.renewals(now)
         specs = self._scheduler.plan(now, self._transport.room)
-        if not outcomes and not specs:
-            return self._wake_at(now)  # an idle turn opens no transaction
-        deliveries = self._transact(now, outcomes, specs)
-        self._step("send")
-        self._send(deliveries)
-        return self._wake_at(self._clock.now())
+        if outcomes or specs:  # an idle turn opens no transaction
+            self._transact(now, outcomes, specs)
+        if self._unsettled:
+            # Claims that may not be sent go back before the others start: one of these may kill the process (that is why
+            # suspects run alone), and what is still leased then would count as lost with it.
+            self._transact(now, list(self._unsettled), [])
+        if self._outbox:
+            self._step("send")
+            self._send()
+            now = self._clock.now()
+        return self._wake_at(now)
 
-    def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> list[Delivery]:
-        """Do a turn's one transaction and tell the scheduler what came of it; return what to send."""
-        wanted = self._scheduler.limited(specs)
-        with self._store.begin(durable=_needs_sync(outcomes, wanted)) as tx:
-            settled = tx.settle(now, outcomes)  # renewals settle before the claim
-            self._step("settle")
+    def _judge(self, now: Micros) -> None:
+        """Turn the answers that came into outcomes."""
+        self._answers.extend(self._transport.results())
+        while self._answers:
+            self._step("answer")
+            self._finish(now, self._answers.popleft())
+
+    def _finish(self, now: Micros, result: Result) -> None:
+        outcome = self._scheduler.finished(now, result)
+        if outcome is not None:
+            self._unsettled.append(outcome)
+
+    def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
+        """Do a turn's one transaction, tell the scheduler what came of it, and put what to send into the outbox."""
+        peeked = self._scheduler.peeks(specs)
+        with self._store.begin(durable=_needs_sync(outcomes, peeked)) as tx:
+            next_due = tx.next_due(peeked)
+            wanted = self._scheduler.limited(now, peeked, next_due)
             owned = tx.own(now, self._node, self._lease, wanted) if wanted else {}
+            settled = self._settle(tx, now, outcomes, wanted, owned)  # renewals settle before the claim
+            self._step("settle")
             specs = self._scheduler.admit(now, specs, owned)
             claims = tx.claim(now, specs)
             self._step("claim")
@@ -135,24 +183,47 @@ class Engine:
         self._step("committed")
         self._unsettled.clear()  # only now: a failed begin or commit loses no outcome
         for claim in self._scheduler.settled(now, outcomes, settled):
-            log.warning("task %s of queue %s lost its lease: its answer won't count", claim.public_name, claim.queue)
-            self._transport.cancel(claim.id, claim.claims)
+            self._give_up(claim)
+        self._scheduler.looked(now, peeked, next_due)
         deliveries, refused = self._scheduler.claimed(now, specs, claims, due, owned, wanted)
+        self._outbox += deliveries
         self._unsettled += refused
-        return deliveries
 
-    def _send(self, deliveries: Sequence[Delivery]) -> None:
-        """Hand claims to the transport, but none whose lease has run out meanwhile: somebody else may have it."""
+    def _settle(
+        self, tx: Tx, now: Micros, outcomes: Sequence[Outcome], wanted: Sequence[str], owned: Mapping[str, Limiter]
+    ) -> Sequence[bool]:
+        """Settle *outcomes*, but don't renew what ran out in a limited queue that another engine owns by now."""
+        foreign = [name for name in wanted if name not in owned]
+        # By the clock as it is: this turn may have waited long for the store, and the new owner hasn't.
+        forfeited = self._scheduler.forfeited(self._clock.now(), outcomes, foreign) if foreign else ()
+        if not forfeited:
+            return tx.settle(now, outcomes)
+        kept = [outcome for outcome in outcomes if outcome.id not in forfeited]
+        held = {outcome.id for outcome, ok in zip(kept, tx.settle(now, kept), strict=True) if ok}
+        return [outcome.id in held for outcome in outcomes]
+
+    def _give_up(self, claim: Claim) -> None:
+        log.warning("task %s of queue %s lost its lease: its answer won't count", claim.public_name, claim.queue)
+        self._transport.cancel(claim.id, claim.claims)
+
+    def _send(self) -> None:
+        """Hand claims to the transport, but none whose lease has run out meanwhile: somebody else may have it.
+
+        What a failure leaves in the outbox is sent in the next turn: a claim that was forgotten here would be renewed,
+        and never run, for as long as this engine lives.
+        """
         now = self._clock.now()
-        for delivery in deliveries:
-            claim = delivery.claim
-            if now < claim.until - self._lease // 10:
-                self._transport.send(delivery)
+        while self._outbox:
+            delivery = self._outbox.popleft()
+            if now >= self._scheduler.lease_end(delivery.claim) - self._lease // 10:
+                self._finish(now, _unsent(delivery, now, "the engine stalled"))
                 continue
-            stalled = Result(claim.id, claim.claims, Kind.UNSENT, now, now, error="the engine stalled")
-            outcome = self._scheduler.finished(now, stalled)
-            if outcome is not None:
-                self._unsettled.append(outcome)
+            try:
+                self._transport.send(delivery)
+            except Exception as error:
+                claim, text = delivery.claim, f"the transport failed: {type(error).__name__}: {error}"[:ERROR_LENGTH]
+                self._finish(now, Result(claim.id, claim.claims, Kind.UNKNOWN, now, now, error=text))
+                raise
 
     def _wake_at(self, now: Micros) -> Micros:
         if self._unsettled or self._hinted:
@@ -172,9 +243,11 @@ class Engine:
             self._scheduler.configure(rows)
             self._reread_at = now + _REREAD
         if now >= self._sweep_at:
+            self._sweep_at = now + _SWEEP  # before trying: on a full disk a sweep must fail one turn, not all of them
             with self._store.begin() as tx:
                 swept = tx.sweep(now, _SWEEP_SLICE)
-            self._sweep_at = now + (SECOND // 10 if swept else _SWEEP)
+            if swept:
+                self._sweep_at = now + SECOND // 10
 
     def _troubled(self, error: Exception, pause: Micros) -> Micros:
         """Log what failed a turn; return when to try again."""
@@ -185,37 +258,32 @@ class Engine:
         return self._clock.now() + pause
 
     def _drain(self) -> None:
-        """Finish what runs until the grace time is over; what still runs then keeps its lease.
-
-        Our own shutdown isn't the task's failure: what hasn't started is released with its attempt refunded.
-        """
-        self._scheduler.drain()
-        now = self._clock.now()
-        for result in self._transport.withdraw():
-            outcome = self._scheduler.finished(now, result)
-            if outcome is not None:
-                self._unsettled.append(outcome)
+        """Finish what runs until the grace time is over; what still runs then keeps its lease."""
+        self.drain()
         while True:
             try:
                 until = self.turn()
-            except StoreError as error:
+            except Exception as error:
                 until = self._troubled(error, _FIRST_PAUSE)
             now = self._clock.now()
             stop_at = self._stop_at or now
             if self.idle or now >= stop_at:
                 break
             self._transport.wait(min(until, stop_at))
-        if self._scheduler.in_flight:
-            log.warning("%d tasks still ran at the end of the grace time; they run again", self._scheduler.in_flight)
-        else:
-            with self._store.begin() as tx:
-                tx.disown(self._node)
+        try:
+            self.leave()
+        except StoreError as error:
+            log.error("the store failed while the engine left: %s", error)
 
 
-def _needs_sync(outcomes: Sequence[Outcome], wanted: Sequence[str]) -> bool:
+def _unsent(delivery: Delivery, now: Micros, why: str) -> Result:
+    return Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error=why)
+
+
+def _needs_sync(outcomes: Sequence[Outcome], limited: Sequence[str]) -> bool:
     """Tell whether a turn must survive a power cut.
 
-    Losing a claim or a renewal only means another run, so a turn without settles and without limited queues isn't synced
-    (enqueue to start: 1.3 ms, 0.9 without).
+    Losing a claim or a renewal only means another run, so a turn without settles that claims from no *limited* queue isn't
+    synced (enqueue to start: 1.3 ms, 0.9 without).
     """
-    return bool(wanted) or any(outcome.action is not Action.RENEW for outcome in outcomes)
+    return bool(limited) or any(outcome.action is not Action.RENEW for outcome in outcomes)

@@ -25,6 +25,7 @@ from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
 from deferlib.engine.dispatch import user_headers, vouch
 from deferlib.engine.transport import ERROR_LENGTH
 from deferlib.engine.wake import Waker
+from deferlib.payload import describe_error
 
 log = logging.getLogger("deferlib.engine")
 
@@ -132,52 +133,16 @@ class LocalTransport:
     def _call(self, delivery: Delivery) -> Result:
         claim = delivery.claim
         started = self._clock.now()
-        answer = _Answer()
         try:
-            body = self._app(self._environ(delivery, started), answer.start)
-            try:
-                answer.take(body)
-            finally:
-                close = getattr(body, "close", None)
-                if close is not None:
-                    close()
+            answer = call(self._app, delivery, started, self._clock)
         except BaseException as error:  # the app is the user's: even sys.exit() in it is one failed attempt
             log.error("the app failed on task %s of queue %s", claim.public_name, claim.queue, exc_info=error)
-            answer.status, answer.outcome, answer.error = 500, "", f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
+            answer = Answer.of_error(error)
         ended = self._clock.now()
         return Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, answer.outcome, answer.error)
 
-    def _environ(self, delivery: Delivery, now: Micros) -> dict[str, Any]:
-        claim = delivery.claim
-        path, _, query = claim.url.partition("?")
-        environ: dict[str, Any] = {
-            "REQUEST_METHOD": claim.method,
-            "SCRIPT_NAME": "",
-            "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
-            "QUERY_STRING": query,
-            "CONTENT_LENGTH": str(len(claim.body)),
-            "SERVER_NAME": "localhost",
-            "SERVER_PORT": "80",
-            "SERVER_PROTOCOL": "HTTP/1.1",
-            "HTTP_HOST": "localhost",
-            "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
-            "wsgi.input": io.BytesIO(claim.body),
-            "wsgi.errors": sys.stderr,
-            "wsgi.multithread": True,
-            "wsgi.multiprocess": False,
-            "wsgi.run_once": False,
-            ENVIRON_KEY: vouch(delivery, now, self._clock),
-        }
-        for name, value in user_headers(claim):
-            key = name.upper().replace("-", "_")
-            environ[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
-        if claim.body:
-            environ.setdefault("CONTENT_TYPE", "application/octet-stream")
-        return environ
 
-
-class _Answer:
+class Answer:
     """Collects a WSGI answer: its status, outcome, and the beginning of its body if it tells of a failure."""
 
     __slots__ = ("error", "outcome", "status")
@@ -186,6 +151,13 @@ class _Answer:
         self.status = 0
         self.outcome = ""
         self.error = ""
+
+    @classmethod
+    def of_error(cls, error: BaseException) -> Answer:
+        """Return the answer that an app which raised *error* amounts to."""
+        answer = cls()
+        answer.status, answer.error = 500, describe_error(error)
+        return answer
 
     def start(self, status: str, headers: Sequence[tuple[str, str]], exc_info: object = None) -> Callable[[bytes], None]:
         self.status = int(status[:3])
@@ -201,3 +173,46 @@ class _Answer:
                 first += part
         if self.outcome and self.outcome != "ok":
             self.error = first.decode("utf-8", "replace")[:ERROR_LENGTH]
+
+
+def call(app: WsgiApp, delivery: Delivery, now: Micros, clock: Clock) -> Answer:
+    """Call *app* with *delivery* as its request, begun at *now*; what it raises comes through."""
+    answer = Answer()
+    body = app(_environ(delivery, now, clock), answer.start)
+    try:
+        answer.take(body)
+    finally:
+        close = getattr(body, "close", None)
+        if close is not None:
+            close()
+    return answer
+
+
+def _environ(delivery: Delivery, now: Micros, clock: Clock) -> dict[str, Any]:
+    claim = delivery.claim
+    path, _, query = claim.url.partition("?")
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": claim.method,
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "QUERY_STRING": query,
+        "CONTENT_LENGTH": str(len(claim.body)),
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "80",
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "HTTP_HOST": "localhost",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(claim.body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+        ENVIRON_KEY: vouch(delivery, now, clock),
+    }
+    for name, value in user_headers(claim):
+        key = name.upper().replace("-", "_")
+        environ[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
+    if claim.body:
+        environ.setdefault("CONTENT_TYPE", "application/octet-stream")
+    return environ

@@ -227,6 +227,9 @@ def test_endless_task_is_a_clear_error(engine: testing.Harness) -> None:
     with pytest.raises(testing.NeverIdleError, match=r"50 attempts .*defer_itself.* for ever"):
         engine.run_until_idle(limit=50)
 
+    [waiting] = engine.tasks()
+    assert waiting.attempts == 0
+
 
 def test_limit_that_is_just_reached_is_no_error(engine: testing.Harness) -> None:
     for number in range(5):
@@ -377,7 +380,7 @@ def test_plugin_takes_the_app_of_an_overridden_fixture(tmp_path: Path) -> None:
         "from deferlib import taskqueue\n"
         "@pytest.fixture\n"
         "def deferlib_app():\n"
-        "    return lambda environ, start: start('204 No Content', []) or []\n"
+        "    return lambda environ, start: start('204 No Content', []) and []\n"
         "def test_view(deferlib_engine):\n"
         "    taskqueue.add(url='/mine')\n"
         "    [attempt] = deferlib_engine.run_until_idle(raise_errors=True)\n"

@@ -1,0 +1,117 @@
+"""What the end of one delivery means for its task: done, again at t, dead, or as if it had never been claimed."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+from typing import assert_never
+
+from deferlib.core.backoff import backoff, may_retry, policy_of
+from deferlib.core.model import Action, Claim, Kind, Micros, Outcome, QueueConfig, Result
+
+HISTORY = 3  # attempts kept with a task
+_REASON_LENGTH = 500
+
+# Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
+_QUARANTINED_LATER = frozenset({"undecodable", "key-unknown", "newer"})
+
+
+def verdict(
+    now: Micros, claim: Claim, result: Result, config: QueueConfig, *, quarantine_after: Micros, rng: Random
+) -> Outcome:
+    """Return the outcome of *result*, the end of *claim*'s delivery.
+
+    RetryCount rises with every attempt that was sent. ExecutionCount and the limits rise only with what the target
+    reported, or failed to report by the deadline: an unreachable target or a broken connection isn't the task's failure.
+    """
+    match result.kind:
+        case Kind.ANSWERED:
+            return _answered(now, claim, result, config, quarantine_after, rng)
+        case Kind.TIMEOUT | Kind.MALFORMED:
+            return _failed(now, claim, result, config, rng)
+        case Kind.UNREACHABLE | Kind.UNKNOWN:
+            return _again(now, claim, result, config, rng)
+        case Kind.UNSENT:
+            return release(claim, now, result.error)
+        case _:
+            assert_never(result.kind)
+
+
+def release(claim: Claim, at: Micros, reason: str) -> Outcome:
+    """Return the outcome of a claim that isn't delivered: its attempt is refunded."""
+    return Outcome(claim.id, claim.claims, claim.queue, Action.RELEASE, at, reason=reason)
+
+
+def given_up(now: Micros, claim: Claim, config: QueueConfig, reason: str) -> Outcome:
+    """Return the outcome of a claim that is past its limits before it is delivered."""
+    return Outcome(*_end(now, claim, config, Action.DEAD), 0, 0, claim.status, reason[:_REASON_LENGTH], claim.history)
+
+
+def _answered(
+    now: Micros, claim: Claim, result: Result, config: QueueConfig, quarantine_after: Micros, rng: Random
+) -> Outcome:
+    # The outcome is looked at before the status: a view that turned the handler's answer into a 200 made it no success.
+    said = result.outcome
+    if said == "permanent":
+        return _dead(now, claim, result, config, "permanent", executed=1)
+    if said == "unverified" or (said in _QUARANTINED_LATER and now - claim.first_try >= quarantine_after):
+        return _dead(now, claim, result, config, f"quarantine: {said}")
+    if said in _QUARANTINED_LATER or said == "untrusted":  # untrusted: our token is refused, the target's keys are wrong
+        return _again(now, claim, result, config, rng)
+    if 200 <= result.status <= 299 and said != "retry":
+        return Outcome(*_end(now, claim, config, Action.DONE), 0, 1, result.status)
+    return _failed(now, claim, result, config, rng)
+
+
+def _failed(now: Micros, claim: Claim, result: Result, config: QueueConfig, rng: Random) -> Outcome:
+    """Charge a failure that the target reported: again, or dead once the limits are exceeded."""
+    failures = claim.failures + 1
+    if may_retry(policy_of(claim.retry, config.retry), failures, now - claim.first_try):
+        return _again(now, claim, result, config, rng, charged=1, executed=1)
+    return _dead(now, claim, result, config, f"limits: {failures} failures", charged=1, executed=1)
+
+
+def _again(
+    now: Micros, claim: Claim, result: Result, config: QueueConfig, rng: Random, *, charged: int = 0, executed: int = 0
+) -> Outcome:
+    at = now + backoff(policy_of(claim.retry, config.retry), claim.attempts - claim.lost, rng)
+    story = _story(claim, result)
+    fence = (claim.id, claim.claims, claim.queue)
+    return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, _reason(result), story)
+
+
+def _dead(
+    now: Micros, claim: Claim, result: Result, config: QueueConfig, reason: str, *, charged: int = 0, executed: int = 0
+) -> Outcome:
+    if result.error:
+        reason = f"{reason}: {result.error}"[:_REASON_LENGTH]
+    end = _end(now, claim, config, Action.DEAD)
+    return Outcome(*end, charged, executed, result.status, reason, _story(claim, result))
+
+
+def _end(now: Micros, claim: Claim, config: QueueConfig, action: Action) -> tuple[int, int, str, Action, Micros, bool]:
+    """Return the head of an outcome that ends the task; a named one leaves its tombstone."""
+    named = claim.name is not None
+    return claim.id, claim.claims, claim.queue, action, now + config.tombstone if named else 0, named
+
+
+def _reason(result: Result) -> str:
+    """Return what went wrong in one line."""
+    if result.error:
+        return result.error[:_REASON_LENGTH]
+    return f"HTTP {result.status}" if result.kind is Kind.ANSWERED else str(result.kind)
+
+
+def _story(claim: Claim, result: Result) -> str:
+    """Return the task's last attempts as JSON, this one added: what people will ask for when it fails."""
+    attempts = json.loads(claim.history) if claim.history else []
+    attempts.append(
+        {
+            "attempt": claim.attempts,
+            "at": result.started,
+            "micros": result.ended - result.started,
+            "status": result.status,
+            "error": _reason(result),
+        }
+    )
+    return json.dumps(attempts[-HISTORY:], separators=(",", ":"), ensure_ascii=False)
