@@ -10,9 +10,8 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from deferlib import keys, queue_yaml
@@ -106,8 +105,7 @@ def _prefix(value: object) -> str:
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(NamedTuple):
     parse: Callable[[object], Any]
     default: Any
     allowed: str
@@ -131,8 +129,7 @@ SETTINGS: Mapping[str, _Kind] = {
 # --- collecting them --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Setting:
+class Setting(NamedTuple):
     """A setting's value, and where it came from. Its repr shows no secret."""
 
     name: str
@@ -152,12 +149,14 @@ class Setting:
         return f"<Setting {self.name}={self.shown!r} from {self.source}>"
 
 
-@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings with their sources; `settings["lease"]` is the value."""
 
-    root: Path
-    all: Mapping[str, Setting]
+    __slots__ = ("all", "root")
+
+    def __init__(self, root: Path, all: Mapping[str, Setting]) -> None:
+        self.root = root
+        self.all = all
 
     def __getitem__(self, name: str) -> Any:
         return self.all[name].value
@@ -278,17 +277,24 @@ def connect(dsn: str, root: Path | None = None) -> Store:
     raise ConfigError(f"a store is {SETTINGS['store'].allowed}")
 
 
-@dataclass(slots=True, kw_only=True)
 class Runtime:
     """What one process works with: settings, clock, and, opened on first use, store and keys."""
 
-    settings: Settings
-    clock: Clock = SYSTEM_CLOCK
-    given_queues: list[QueueConfig] | None = None
-    given_store: Store | None = None
-    _store: Store | None = None
-    _ring: keys.Keyring | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock = SYSTEM_CLOCK,
+        given_queues: list[QueueConfig] | None = None,
+        given_store: Store | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.given_queues = given_queues
+        self.given_store = given_store
+        self._store: Store | None = None
+        self._ring: keys.Keyring | None = None
+        self._lock = threading.Lock()
 
     @property
     def store(self) -> Store:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -198,6 +197,8 @@ def _check_underscores(fn: Callable[..., Any], kwargs: Iterable[str]) -> None:
     for key in kwargs:
         if not key.startswith("_"):
             continue
+        import inspect  # 6 ms: only where it is needed
+
         try:
             parameters = inspect.signature(fn).parameters.values()
         except (TypeError, ValueError):
@@ -380,7 +381,7 @@ def perform(dispatch: Dispatch, data: bytes, finish: Callable[[Any], Any] | None
 
 def _finish(value: Any) -> Any:
     """Run an awaitable to its end, on a loop of its own; return anything else as it is."""
-    if not inspect.isawaitable(value):
+    if not hasattr(value, "__await__"):
         return value
     import asyncio
     from concurrent.futures import ThreadPoolExecutor

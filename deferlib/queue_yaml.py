@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +123,8 @@ def from_mapping(raw: object, where: str) -> QueueConfig:
         bucket_size=_count(raw.get("bucket_size", 5), f"{where}: bucket_size", least=1, most=_LARGEST_BUCKET),
         max_concurrent=_optional_count(raw.get("max_concurrent_requests"), f"{where}: max_concurrent_requests", least=1),
         target=_target(raw.get("target"), f"{where}: target"),
-        retry=replace(
-            _retry(_mapping(raw.get("retry_parameters"), _RETRY_KEYS, f"{where}: retry_parameters"), where),
-            jitter=_share(own.get("jitter", 0), f"{where}: deferlib: jitter"),
+        retry=_retry(_mapping(raw.get("retry_parameters"), _RETRY_KEYS, f"{where}: retry_parameters"), where)._replace(
+            jitter=_share(own.get("jitter", 0), f"{where}: deferlib: jitter")
         ),
         tombstone=_span(own.get("tombstone", "9d"), f"{where}: deferlib: tombstone"),
         deadline=_span(own.get("deadline", "10m"), f"{where}: deferlib: deadline", most=DAY),

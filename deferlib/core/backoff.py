@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
@@ -11,7 +10,6 @@ from deferlib.core.model import SECOND, Micros, RetryPolicy
 
 MIN_WAIT: Micros = 10_000  # the floor under any backoff: a policy of 0 must not spin
 _MAX_EXPONENT = 1023
-_FIELDS = frozenset(field.name for field in fields(RetryPolicy))
 
 
 def backoff(policy: RetryPolicy, retry: int, rng: Random) -> Micros:
@@ -55,7 +53,9 @@ def policy_of(options: str, queue: RetryPolicy) -> RetryPolicy:
     if not options:
         return queue
     raw: dict[str, Any] = json.loads(options)
-    known = {key: value for key, value in raw.items() if key in _FIELDS}  # a newer version may have added others
+    known = {
+        key: value for key, value in raw.items() if key in RetryPolicy._fields
+    }  # a newer version may have added others
     return repair(RetryPolicy(), known)
 
 
@@ -64,11 +64,11 @@ def repair(base: RetryPolicy, raw: dict[str, Any]) -> RetryPolicy:
 
     Where only one of the two is given and contradicts the other's default, the default yields (App Engine's repair).
     """
-    policy = replace(base, **raw)
+    policy = base._replace(**raw)
     if policy.min_backoff > policy.max_backoff:
         given_min = "min_backoff" in raw
         bound = policy.min_backoff if given_min else policy.max_backoff
-        policy = replace(policy, min_backoff=bound, max_backoff=bound)
+        policy = policy._replace(min_backoff=bound, max_backoff=bound)
     return policy
 
 

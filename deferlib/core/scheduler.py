@@ -8,7 +8,6 @@ through `settled`, `claimed` and `finished`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
@@ -38,15 +37,14 @@ UNRESOLVED_DELAY: Micros = 30 * SECOND
 NEVER: Micros = 2**62
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class Rules(NamedTuple):
     """What the scheduler goes by, beside the queues' own configuration."""
 
     node: str  # this engine's name as an owner
+    targets: Mapping[str, str]  # named targets
     lease: Micros = 30 * SECOND
     in_process: bool = False
     base: str = ""  # base URL of the default target
-    targets: Mapping[str, str]  # named targets
     quarantine_after: Micros = 10 * MINUTE
 
 

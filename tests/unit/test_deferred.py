@@ -343,7 +343,7 @@ class SlowStore:
 
 def test_adefer_lets_the_loop_run_while_the_disk_writes(runtime: config.Runtime) -> None:
     slow = SlowStore(runtime.store)
-    config.install(config.Runtime(settings=runtime.settings, given_store=runtime.store, _store=slow))  # type: ignore[arg-type]  # it delegates
+    config.install(config.Runtime(settings=runtime.settings, given_store=slow))  # type: ignore[arg-type]  # it delegates
 
     async def work() -> taskqueue.Task:
         deferring = asyncio.ensure_future(deferlib.adefer(note, "from a loop"))
@@ -430,7 +430,7 @@ class LosingStore:
 @pytest.mark.parametrize("name", [None, "named"])
 def test_add_of_unknown_outcome_can_be_repeated(committed: bool, name: str | None, runtime: config.Runtime) -> None:
     store = LosingStore(runtime.store, committed=committed)
-    config.install(config.Runtime(settings=runtime.settings, given_store=runtime.store, _store=store))  # type: ignore[arg-type]  # it delegates
+    config.install(config.Runtime(settings=runtime.settings, given_store=store))  # type: ignore[arg-type]  # it delegates
     config.runtime()._ring = runtime.ring
 
     with pytest.raises(EnqueueUnknownError) as caught:
@@ -468,7 +468,7 @@ def test_work_that_the_store_repeats_adds_one_task(runtime: config.Runtime) -> N
             return self._store.run(twice)
 
     store = RepeatingStore(runtime.store)
-    config.install(config.Runtime(settings=runtime.settings, given_store=runtime.store, _store=store))  # type: ignore[arg-type]  # it delegates
+    config.install(config.Runtime(settings=runtime.settings, given_store=store))  # type: ignore[arg-type]  # it delegates
 
     assert deferlib.defer(note).was_enqueued
 
@@ -482,7 +482,7 @@ def test_definite_failure_leaves_the_task_to_be_added_again(runtime: config.Runt
             raise StoreBusyError
 
     store = FullStore(runtime.store)
-    config.install(config.Runtime(settings=runtime.settings, given_store=runtime.store, _store=store))  # type: ignore[arg-type]  # it delegates
+    config.install(config.Runtime(settings=runtime.settings, given_store=store))  # type: ignore[arg-type]  # it delegates
 
     with pytest.raises(StoreBusyError):
         deferlib.defer(note)
