@@ -31,7 +31,10 @@ T = TypeVar("T")
 
 
 class Tx(Protocol):
-    """One transaction: the engine's, the library's own, or the caller's."""
+    """One transaction: the engine's, the library's own, or the caller's.
+
+    Its verbs end with it, and when one of them fails: then everything is rolled back.
+    """
 
     def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
         """Insert *tasks*; each one's result stands at its place, and a refused one touches no other."""
@@ -46,7 +49,10 @@ class Tx(Protocol):
         """Lease due tasks, the longest due first, and raise their fence; spends the tokens of a limited queue."""
 
     def settle(self, now: Micros, outcomes: Sequence[Outcome]) -> list[bool]:
-        """Apply *outcomes* where the fence still holds; False where it is lost."""
+        """Apply *outcomes* one after another, each where its fence still holds; False where it is lost.
+
+        A lease that has expired still holds until somebody claims, reschedules or removes the task.
+        """
 
     def reschedule(self, now: Micros, queue: str, names: Sequence[str], eta: Micros) -> int:
         """Move waiting tasks to *eta*, and bring dead letters back with their attempts at 0; return how many."""
@@ -83,11 +89,14 @@ class Tx(Protocol):
         """Return the counts of *queues*."""
 
     def sweep(self, now: Micros, limit: int) -> int:
-        """Remove up to *limit* expired tombstones and old statistics; return how many. Repeat until 0."""
+        """Remove up to *limit* expired tombstones and minutes of old statistics; return how many. Repeat until 0."""
 
 
 class Store(Protocol):
-    """A database that holds tasks. Safe to share between threads and across fork."""
+    """A database that holds tasks. Safe to share between threads, and across a fork outside of its transactions.
+
+    A thread has one transaction of a store at a time; a second one within it is refused.
+    """
 
     def migrate(self) -> None:
         """Bring the schema to this version; refuse a newer one."""
@@ -99,7 +108,7 @@ class Store(Protocol):
         """
 
     def read(self) -> AbstractContextManager[Tx]:
-        """Open a snapshot that takes no write lock."""
+        """Open a snapshot, as of its first verb, that takes no write lock and can't write."""
 
     def run(self, work: Callable[[Tx], T]) -> T:
         """Run *work* in a durable transaction, again if the database asks for it, and wake the engines after commit."""
@@ -116,4 +125,11 @@ class Store(Protocol):
 
 def names_and_ids(names: Iterable[str]) -> list[tuple[str, int | None]]:
     """Pair each name with the id it would be the public name of, if any."""
-    return [(name, int(name) if len(name) <= 19 and name.isascii() and name.isdigit() else None) for name in names]
+    return [(name, _id(name)) for name in names]
+
+
+def _id(name: str) -> int | None:
+    if len(name) <= 19 and name.isascii() and name.isdigit():
+        id = int(name)
+        return id if id < 2**63 and str(id) == name else None
+    return None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import socket
-import tempfile
-from itertools import count
+import threading
+import time
 
-_number = count()
+_FRESH_NS = 50_000_000  # a folder's mtime counts in steps of up to 10 ms: within one it may change without showing it
 
 
 class Hints:
@@ -22,7 +23,9 @@ class Hints:
 
     def __init__(self, path: str) -> None:
         digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        self._folder = os.path.join(tempfile.gettempdir(), f"deferlib-{os.getuid()}-{digest}")
+        # Not tempfile.gettempdir(): it writes a file to find out, and raises where the disk is full.
+        self._folder = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"deferlib-{os.getuid()}-{digest}")
+        self._lock = threading.Lock()
         self._sender: socket.socket | None = None
         self._listed_at = -1  # the folder's mtime when it was listed
         self._peers: list[str] = []
@@ -30,28 +33,29 @@ class Hints:
 
     def bind(self) -> socket.socket | None:
         """Return a socket that receives the hints, or None where none can be had (then the poll must do)."""
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):
             os.mkdir(self._folder, 0o700)
         if not self._trusted():
             return None
-        path = os.path.join(self._folder, f"{os.getpid()}-{next(_number)}")
+        # Never a name used before: whoever finds a dead process's socket removes it by its name.
+        path = os.path.join(self._folder, f"{os.getpid()}-{secrets.token_hex(4)}")
         receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # of a dead process that had our pid
             receiver.bind(path)
         except OSError:  # the path is too long for a socket, say
             receiver.close()
             return None
-        self._own.add(path)
-        self._listed_at = -1
+        with self._lock:
+            self._own.add(path)
+            self._listed_at = -1
         return receiver
 
     def unbind(self, receiver: socket.socket) -> None:
         """Close what `bind` returned and remove its path."""
         path = receiver.getsockname()
         receiver.close()
-        self._own.discard(path)
+        with self._lock:
+            self._own.discard(path)
         with contextlib.suppress(OSError):
             os.unlink(path)
 
@@ -61,30 +65,31 @@ class Hints:
             mtime = os.stat(self._folder).st_mtime_ns
         except OSError:
             return  # nobody watches
-        if mtime != self._listed_at:
-            self._list(mtime)
-        for path in self._peers:
-            self._send_to(path)
+        with self._lock, contextlib.suppress(OSError):
+            if mtime != self._listed_at:
+                self._list(mtime)
+            if self._peers and self._sender is None:
+                self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                self._sender.setblocking(False)
+            for path in self._peers:
+                self._send_to(path)
 
     def close(self) -> None:
         """Close the sending socket; a later `send` opens another."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
+        with self._lock:
+            if self._sender is not None:
+                self._sender.close()
+                self._sender = None
 
     def _list(self, mtime: int) -> None:
-        if not self._trusted():
-            self._peers = []
-            return
-        with contextlib.suppress(OSError):
-            paths = [entry.path for entry in os.scandir(self._folder)]
-            self._peers = [path for path in paths if path not in self._own]
-            self._listed_at = mtime
+        self._peers = []
+        if self._trusted():
+            with os.scandir(self._folder) as entries:
+                self._peers = [entry.path for entry in entries if entry.path not in self._own]
+        self._listed_at = mtime if time.time_ns() - mtime > _FRESH_NS else -1
 
     def _send_to(self, path: str) -> None:
-        if self._sender is None:
-            self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._sender.setblocking(False)
+        assert self._sender is not None
         try:
             self._sender.sendto(b"", path)
         except BlockingIOError:

@@ -1,20 +1,20 @@
 """The embedded store: one SQLite file, shared by any number of processes on one machine, or `:memory:` for tests.
 
-WAL, with `synchronous=FULL` for whatever acknowledges or settles. One write connection a process behind a fair lock, and
-one for reading. apsw brings its own current SQLite; two copies of SQLite must never open one file in one process
-(closing one drops the other's locks), so nothing else here opens it.
+WAL, with `synchronous=FULL` for whatever acknowledges or settles. One write connection a process behind a fair lock, one
+for reading and, while watched, one that polls. apsw brings its own current SQLite; two copies of SQLite must never open
+one file in one process (closing one drops the other's locks), so nothing else here opens it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import sqlite3
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -23,71 +23,81 @@ import apsw
 from deferlib import errors
 from deferlib.store import queries
 from deferlib.store.datagram import Hints
-from deferlib.store.sqlite_file import SCHEMA, check_file, create, translated
+from deferlib.store.fairlock import FairLock
+from deferlib.store.sqlite_file import SCHEMA, check_file, create, translated, translation
 from deferlib.store.sqlite_tx import SqliteTx
+from deferlib.store.watch import Watch
 
 T = TypeVar("T")
 
 MEMORY = ":memory:"
-_POLL_SECONDS = 0.5  # how late a missed hint is noticed; one `pragma data_version` costs 3 µs
 _CHECKPOINT_PAGES = 16_384  # 64 MB of WAL: where processes without an engine checkpoint by themselves
 _ENGINE_CHECKPOINT_PAGES = 2_000
 _BUSY_STEP = 100e-6  # SQLite's own busy handler waits up to 100 ms and cuts a shared drain to a third
+_TORN = (
+    "{}: this process was forked within a transaction of its parent, and shares locks with it that SQLite can't part. "
+    "Fork outside of transactions, or start a new program"
+)
+_NESTED = "{}: this thread is within a transaction of this store already; use its verbs, or end it first"
 
 
 class SqliteStore:
-    """A `deferlib.store.Store` on the SQLite file at *path*."""
+    """A `deferlib.store.Store` on the SQLite file at *path*.
+
+    A thread has one transaction at a time. A transaction of another thread is waited for, one of another process up to
+    *busy_seconds*.
+    """
 
     def __init__(self, path: str, *, busy_seconds: float = 10.0) -> None:
         self.path = path if path == MEMORY else os.path.realpath(path)
-        self._busy_seconds = busy_seconds
         self._memory = path == MEMORY
-        self._lock = FairLock()
-        self._read_lock = threading.Lock()
-        self._writer: apsw.Connection | None = None
-        self._reader: apsw.Connection | None = None
-        self._durable = True
-        self._forking = False
-        self._watchers: list[Callable[[], None]] = []
+        self._inode: tuple[int, int] | None = None  # of the file in use: another in its place is an error
+        self._suspect = False  # an fsync failed: what the log held then may never reach the disk
+        self._writer = _Seat(busy_seconds)
+        self._reader = self._writer if self._memory else _Seat(busy_seconds)  # in memory the connection is the database
+        self._poller = _Seat(0)
+        self._watches: list[Watch] = []
         self._hints = None if self._memory else Hints(self.path)
         _stores.add(self)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
     def migrate(self) -> None:
-        with self._lock, translated(self.path):
-            self._open_writer()
+        with self._turn(self._writer):
+            pass  # opening makes the file and checks it
 
     @contextlib.contextmanager
     def begin(self, *, durable: bool = True) -> Iterator[SqliteTx]:
-        with self._lock:
-            with translated(self.path):
-                connection = self._writer or self._open_writer()
-                if durable is not self._durable:
-                    connection.pragma("synchronous", 2 if durable else 1)
-                    self._durable = durable
-                connection.execute("begin immediate")
+        seat = self._writer
+        with self._turn(seat) as connection:
+            tx = seat.tx = SqliteTx(connection, self.path)
             try:
                 with translated(self.path):
-                    yield SqliteTx(connection)
-            except BaseException:
-                self._rollback(connection)
-                raise
-            self._commit(connection)
+                    if self._memory:
+                        connection.pragma("query_only", 0)
+                    if durable is not seat.durable:
+                        connection.pragma("synchronous", 2 if durable else 1)
+                        seat.durable = durable
+                    connection.execute("begin immediate")
+                yield tx
+                self._commit(connection, tx)
+            finally:
+                tx.close()
+                self._rollback(seat)  # what wasn't committed
 
     @contextlib.contextmanager
     def read(self) -> Iterator[SqliteTx]:
-        if self._memory:  # one connection: it is the database
-            with self.begin() as tx:
-                yield tx
-            return
-        with self._read_lock, translated(self.path):
-            connection = self._reader or self._open_reader()
-            connection.execute("begin")
+        seat = self._reader
+        with self._turn(seat) as connection:
+            tx = seat.tx = SqliteTx(connection, self.path)
             try:
-                yield SqliteTx(connection)
+                with translated(self.path):
+                    connection.pragma("query_only", 1)
+                    connection.execute("begin")
+                yield tx
             finally:
-                connection.execute("rollback")
+                tx.close()
+                self._rollback(seat)
 
     def run(self, work: Callable[[SqliteTx], T]) -> T:
         with self.begin() as tx:
@@ -97,7 +107,7 @@ class SqliteStore:
 
     def join(self, connection: object) -> SqliteTx:
         if isinstance(connection, apsw.Connection):
-            return SqliteTx(connection)
+            return SqliteTx(connection, self.path)
         if isinstance(connection, sqlite3.Connection):
             raise errors.StoreError(
                 "a sqlite3 connection can't carry tasks: it is another copy of SQLite than apsw's, and two copies "
@@ -107,242 +117,281 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def watch(self, wake: Callable[[], None]) -> Iterator[None]:
-        self._watchers.append(wake)
+        receiver = None
+        if self._hints is not None:
+            with self._turn(self._writer) as connection, translated(self.path):
+                connection.wal_autocheckpoint(_ENGINE_CHECKPOINT_PAGES)
+            receiver = self._hints.bind()
+        watch = Watch(wake, receiver, self._version)
+        self._watches.append(watch)
         try:
-            if self._memory:
-                yield
-            else:
-                with self._lock, translated(self.path):
-                    (self._writer or self._open_writer()).wal_autocheckpoint(_ENGINE_CHECKPOINT_PAGES)
-                with _Watch(self, wake):
-                    yield
+            if self._hints is not None:
+                watch.start()
+            yield
         finally:
-            self._watchers.remove(wake)
+            ours = watch.stop()
+            self._unwatch(watch)
+            if ours and self._hints is not None and receiver is not None:
+                self._hints.unbind(receiver)
 
     def close(self) -> None:
-        with self._lock, self._read_lock:
+        """Close every connection; a later use opens them again, and makes the file if it is gone."""
+        self._refuse_nesting()
+        with self._all_turns():
             self._close_connections()
-            if self._hints is not None:
-                self._hints.close()
+            self._inode = None
+        if self._hints is not None:
+            self._hints.close()
 
     # --- transactions -----------------------------------------------------------------------------------------------
 
-    def _commit(self, connection: apsw.Connection) -> None:
+    @contextlib.contextmanager
+    def _turn(self, seat: _Seat) -> Iterator[apsw.Connection]:
+        """Wait for a turn on *seat*'s connection; give it, in place and in no transaction."""
+        self._refuse_nesting()
+        until = time.monotonic() + seat.patience  # the wait for threads included: each of them has waited that long
+        turn = seat.lock.acquire()
+        try:
+            seat.until = until
+            with translated(self.path):
+                connection = self._connection(seat)
+            yield connection
+        finally:
+            seat.lock.release(turn)
+
+    def _refuse_nesting(self) -> None:
+        if self._writer.lock.mine() or self._reader.lock.mine():
+            raise errors.StoreError(_NESTED.format(self.path))
+
+    def _commit(self, connection: apsw.Connection, tx: SqliteTx) -> None:
+        if connection is not self._writer.connection:
+            raise errors.StoreError(_TORN.format(self.path))
+        if tx.failure is not None:
+            raise errors.StoreError(f"{self.path}: rolled back, because of: {tx.failure}") from tx.failure
         try:
             connection.execute("commit")
-        except (apsw.FullError, apsw.BusyError, apsw.ReadOnlyError) as error:
-            self._rollback(connection)  # the commit frame wasn't written
-            with translated(self.path):
-                raise error
         except apsw.Error as error:
+            if _definite(error):
+                raise translation(self.path, error, connection.system_errno) from error
             # A failed fsync: the frames may or may not be on the disk, and a second fsync would lie. Start afresh.
-            self._rollback(connection)
-            self._close_connections()
+            self._rollback(self._writer)
+            self._writer.close()
+            self._suspect = True
             raise errors.EnqueueUnknownError(f"{self.path}: the commit failed with an unknown outcome: {error}") from error
 
-    def _rollback(self, connection: apsw.Connection) -> None:
+    def _rollback(self, seat: _Seat) -> None:
         # An error in a statement may have rolled back already; what can't be rolled back is closed.
         try:
-            if connection.in_transaction:
-                connection.execute("rollback")
+            if seat.connection is not None and seat.connection.in_transaction:
+                seat.connection.execute("rollback")
         except apsw.Error:
-            self._close_connections()
+            seat.close()
 
     def _wake(self) -> None:
-        for wake in self._watchers:
-            wake()
+        for watch in tuple(self._watches):
+            watch.wake()
         if self._hints is not None:
             self._hints.send()
 
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _version(self) -> object:
+        """Return something that changes when another connection commits."""
+        seat = self._poller
+        turn = seat.lock.acquire()
+        try:
+            version = self._connection(seat).pragma("data_version")
+            return seat.opened, version  # each connection counts from its own beginning
+        except (apsw.Error, errors.StoreError):
+            return None
+        finally:
+            seat.lock.release(turn)
+
+    def _unwatch(self, watch: Watch) -> None:
+        if watch in self._watches:  # a forked child has none
+            self._watches.remove(watch)
+        if not self._watches:
+            turn = self._poller.lock.acquire()
+            try:
+                self._poller.close()
+            finally:
+                self._poller.lock.release(turn)
+
     # --- connections ------------------------------------------------------------------------------------------------
 
-    def _open_writer(self) -> apsw.Connection:
+    def _connection(self, seat: _Seat) -> apsw.Connection:
+        """Return *seat*'s connection, opened if need be, on the file that *path* names now."""
+        connection = seat.connection
+        if connection is None:
+            return self._open(seat)
+        if connection.in_transaction:  # left by a thread that was interrupted
+            connection.execute("rollback")
         if not self._memory:
-            create(self.path)
-        connection = self._connect()
-        connection.wal_autocheckpoint(_ENGINE_CHECKPOINT_PAGES if self._watchers else _CHECKPOINT_PAGES)
-        if self._memory:
-            connection.execute(queries.migrations("sqlite")[SCHEMA])
-        else:
-            try:
-                check_file(self.path, connection)
-            except BaseException:
-                connection.close()
-                raise
-        self._writer, self._durable = connection, True
+            self._check_in_place()
         return connection
 
-    def _open_reader(self) -> apsw.Connection:
-        if self._writer is None:
-            with self._lock:
-                if self._writer is None:
-                    self._open_writer()
-        self._reader = self._connect()
-        return self._reader
-
-    def _connect(self) -> apsw.Connection:
+    def _open(self, seat: _Seat) -> apsw.Connection:
+        if not self._memory:
+            self._find_file()
         flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if self._memory else 0)
         connection = apsw.Connection(self.path, flags=flags, statementcachesize=200)
-        connection.set_busy_handler(self._busy_handler())
-        if not self._memory:
-            connection.pragma("journal_size_limit", 64 * 1024 * 1024)
-            connection.pragma("synchronous", 2)
-            connection.pragma("mmap_size", 0)
+        try:
+            connection.set_busy_handler(seat.wait)
+            if self._memory:
+                connection.execute(queries.migrations("sqlite")[SCHEMA])
+            else:
+                self._set_up(connection)
+            if seat is self._writer:
+                connection.wal_autocheckpoint(_ENGINE_CHECKPOINT_PAGES if self._watches else _CHECKPOINT_PAGES)
+                if self._suspect:  # start a new log: what follows a lost frame in the old one would be lost with it
+                    connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+                    self._suspect = False
+        except BaseException:
+            connection.close()
+            raise
+        seat.take(connection)
         return connection
 
-    def _busy_handler(self) -> Callable[[int], bool]:
-        deadline = 0.0
+    def _find_file(self) -> None:
+        if self.path in _torn:
+            raise errors.StoreError(_TORN.format(self.path))
+        if self._inode is None:
+            create(self.path)
+            self._inode = _inode(self.path)
+        self._check_in_place()
 
-        def wait(calls: int) -> bool:
-            nonlocal deadline
-            now = time.monotonic()
-            if calls == 0:
-                deadline = now + self._busy_seconds
-            if now >= deadline:
-                return False
-            time.sleep(_BUSY_STEP * random.uniform(0.5, 1.5))
-            return True
+    def _check_in_place(self) -> None:
+        if _inode(self.path) != self._inode:
+            raise errors.StoreUnavailableError(
+                f"{self.path}: was removed or replaced while this process used it; nothing was written. Put it back; or "
+                "stop every process that uses it, remove what is left of it (-wal and -shm too), and start again"
+            )
 
-        return wait
+    def _set_up(self, connection: apsw.Connection) -> None:
+        check_file(self.path, connection)
+        connection.pragma("journal_size_limit", 64 * 1024 * 1024)
+        connection.pragma("synchronous", 2)
+        connection.pragma("mmap_size", 0)
+
+    @contextlib.contextmanager
+    def _all_turns(self) -> Iterator[None]:
+        """Wait until nobody uses a connection. Always in this order, and nobody else takes two turns: no deadlock."""
+        with contextlib.ExitStack() as stack:
+            for lock in dict.fromkeys((self._writer.lock, self._reader.lock, self._poller.lock)):
+                stack.callback(lock.release, lock.acquire())
+            yield
 
     def _close_connections(self) -> None:
-        for connection in (self._writer, self._reader):
-            if connection is not None:
-                connection.close()
-        self._writer = self._reader = None
+        for seat in (self._writer, self._reader, self._poller):
+            seat.close()
 
     # --- fork -------------------------------------------------------------------------------------------------------
 
-    def _before_fork(self) -> None:
+    def _before_fork(self) -> contextlib.AbstractContextManager[None]:
         # A connection carried across a fork corrupts the file: close it first, and let both sides open their own.
-        self._forking = not self._lock.mine()
-        if not self._forking:
-            return  # forked inside a transaction: the parent goes on with it, the child abandons it
-        self._lock.acquire()
-        self._read_lock.acquire()
+        if self._writer.lock.mine() or self._reader.lock.mine():
+            return contextlib.nullcontext()  # forked within a transaction: the parent goes on with it
+        turns = self._all_turns()
+        turns.__enter__()
         if not self._memory:
             self._close_connections()
-
-    def _after_fork_in_parent(self) -> None:
-        if self._forking:
-            self._read_lock.release()
-            self._lock.release()
+        return turns
 
     def _after_fork_in_child(self) -> None:
         if not self._memory:
-            _abandoned.append((self._writer, self._reader))  # closing them here would drop the parent's locks
-            self._writer = self._reader = None
+            if self._writer.connection is not None or self._reader.connection is not None:
+                _torn.add(self.path)
+                for seat in (self._writer, self._reader, self._poller):
+                    seat.abandon()
             self._hints = Hints(self.path)
-        self._lock = FairLock()
-        self._read_lock = threading.Lock()
-        self._watchers = []
+        for seat in (self._writer, self._reader, self._poller):
+            seat.lock = FairLock()
+        for watch in self._watches:
+            watch.abandon()
+        self._watches = []
 
 
-class FairLock:
-    """A lock that serves its waiters in the order they came (threading.Lock starves them under load)."""
+class _Seat:
+    """A connection and the lock of the threads that take turns on it."""
 
-    __slots__ = ("_gate", "_holder", "_waiting")
+    __slots__ = ("connection", "durable", "lock", "opened", "patience", "tx", "until")
 
-    def __init__(self) -> None:
-        self._gate = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-        self._holder = 0
+    def __init__(self, patience: float) -> None:
+        self.lock = FairLock()
+        self.connection: apsw.Connection | None = None
+        self.patience = patience  # how many seconds to wait for another process
+        self.until = 0.0  # when this turn's patience ends
+        self.opened = 0  # how often
+        self.durable = True
+        self.tx: SqliteTx | None = None  # the last one
 
-    def acquire(self) -> None:
-        with self._gate:
-            if not self._holder and not self._waiting:
-                self._holder = threading.get_ident()
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        turn.acquire()
-        self._holder = threading.get_ident()
+    def take(self, connection: apsw.Connection) -> None:
+        self.connection, self.durable = connection, True
+        self.opened += 1
 
-    def release(self) -> None:
-        with self._gate:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._holder = 0
+    def close(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close(True)
 
-    def mine(self) -> bool:
-        """Tell whether the calling thread holds the lock."""
-        return self._holder == threading.get_ident()
+    def abandon(self) -> None:
+        """Give the parent's connection up in a forked child, and keep it for ever.
 
-    def __enter__(self) -> None:
-        self.acquire()
+        Even to close it would undo, in memory shared with the parent, what the parent is about to commit. And while it is
+        open, SQLite believes that this process has the parent's locks: it can't open the file a second time (`_torn`).
+        """
+        for kept in (self.connection, self.tx and self.tx.close()):
+            if kept is not None:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # or the interpreter's end would close it
+        self.connection = None
 
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
-class _Watch:
-    """A thread that turns datagrams, and changes that sent none, into calls of *wake*."""
-
-    def __init__(self, store: SqliteStore, wake: Callable[[], None]) -> None:
-        assert store._hints is not None
-        self._store, self._hints, self._wake = store, store._hints, wake
-        self._stop = threading.Event()
-
-    def __enter__(self) -> None:
-        self._receiver = self._hints.bind()
-        if self._receiver is not None:
-            self._receiver.settimeout(_POLL_SECONDS)
-        self._poller = self._store._connect()
-        self._thread = threading.Thread(target=self._run, name="deferlib-watch", daemon=True)
-        self._thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        if self._receiver is not None:
-            with contextlib.suppress(OSError):
-                self._receiver.shutdown(2)
-        self._thread.join()
-        if self._receiver is not None:
-            self._hints.unbind(self._receiver)
-        self._poller.close()
-
-    def _run(self) -> None:
-        version = self._version()
-        while not self._stop.is_set():
-            if self._hinted():
-                self._wake()
-            elif not self._stop.is_set() and (now := self._version()) != version:
-                version = now
-                self._wake()
-
-    def _hinted(self) -> bool:
-        if self._receiver is None:
-            self._stop.wait(_POLL_SECONDS)
+    def wait(self, calls: int) -> bool:
+        """Be SQLite's busy handler."""
+        if time.monotonic() >= self.until:
             return False
-        try:
-            self._receiver.recv(1)
-        except OSError:
-            return False
-        return not self._stop.is_set()
+        time.sleep(_BUSY_STEP * random.uniform(0.5, 1.5))
+        return True
 
-    def _version(self) -> object:
-        try:
-            return self._poller.pragma("data_version")
-        except apsw.Error:
-            return None
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _definite(error: apsw.Error) -> bool:
+    """Tell whether a commit that failed with *error* surely left nothing.
+
+    A write that failed did so before the commit frame was whole, and a checksum covers that frame.
+    """
+    if isinstance(error, apsw.IOError):
+        return bool(error.extendedresult == apsw.SQLITE_IOERR_WRITE)  # type: ignore[attr-defined]  # not in its stubs
+    return isinstance(error, apsw.FullError | apsw.BusyError | apsw.ReadOnlyError)
 
 
 _stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_abandoned: list[object] = []
+_forking = threading.local()  # the turns that the forking thread holds
+_torn: set[str] = set()  # paths whose locks SQLite believes to have, wrongly
 
 
-def _each_store(step: Callable[[SqliteStore], None]) -> Callable[[], None]:
-    def run() -> None:
-        for store in list(_stores):
-            step(store)
-
-    return run
+def _before_fork() -> None:
+    _forking.turns = []
+    for store in sorted(_stores, key=id):  # in one order, should two threads fork
+        _forking.turns.append(store._before_fork())
 
 
-os.register_at_fork(
-    before=_each_store(SqliteStore._before_fork),
-    after_in_parent=_each_store(SqliteStore._after_fork_in_parent),
-    after_in_child=_each_store(SqliteStore._after_fork_in_child),
-)
+def _after_fork_in_parent() -> None:
+    for turns in _forking.turns:
+        turns.__exit__(None, None, None)
+    _forking.turns = []
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store._after_fork_in_child()
+    _forking.turns = []  # of locks that this process has replaced
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

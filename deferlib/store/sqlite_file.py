@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from deferlib.store import queries
 
 APPLICATION_ID = 0x44_65_66_72  # "Defr", in the file's header
 SCHEMA = max(queries.migrations("sqlite"))
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, the process's limit
 
 
 def create(path: str) -> None:
@@ -27,20 +29,30 @@ def create(path: str) -> None:
     folder = os.path.dirname(path)
     draft = f"{path}.new-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        _make_folder(folder)
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        try:
+            _fill(draft)
+            with contextlib.suppress(FileExistsError):  # another process was quicker: its file serves as well
+                os.link(draft, path)
+            _sync_folder(folder)
+        finally:
+            os.unlink(draft)
     except OSError as error:
+        if error.errno in _FULL:
+            raise errors.StoreFullError(f"{path}: the disk is full; nothing was made. Free some space") from error
         raise errors.StoreUnavailableError(
             f"{path}: can't be created: {error.strerror}. Make its folder writable, or name another store "
             "with DEFERLIB_STORE"
         ) from error
-    try:
-        _fill(draft)
-        with contextlib.suppress(FileExistsError):  # another process was quicker: its file serves as well
-            os.link(draft, path)
-        _sync_folder(folder)
-    finally:
-        os.unlink(draft)
+
+
+def _make_folder(folder: str) -> None:
+    """Make *folder* and those above it, each 0700: who can rename a folder above ours could put another in its place."""
+    if not os.path.isdir(folder):
+        _make_folder(os.path.dirname(folder))
+        with contextlib.suppress(FileExistsError):  # another process was quicker, or it is a file: what follows will tell
+            os.mkdir(folder, 0o700)
 
 
 def _fill(path: str) -> None:
@@ -66,8 +78,10 @@ def _sync_folder(folder: str) -> None:
 
 
 def check_file(path: str, connection: apsw.Connection) -> None:
-    """Refuse a file that isn't a sound deferlib store of a version that this one can write."""
-    if os.path.getsize(path) == 0:
+    """Refuse a file that isn't a sound deferlib store of a version that this one can write, and leave it as it is."""
+    if _size(f"{path}-wal"):  # closing the connection of a refused file would write its owner's log into it
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+    if _size(path) == 0:
         raise errors.StoreCorruptError(
             f"{path}: is empty, and a store never is. If it held tasks, restore it from a backup; if it didn't, delete "
             "it and a new one is made"
@@ -77,16 +91,29 @@ def check_file(path: str, connection: apsw.Connection) -> None:
             f"{path}: is an SQLite database, but not a deferlib store. Name another file with DEFERLIB_STORE"
         )
     version = connection.pragma("user_version")
-    needed = connection.execute("select value from meta where key = 'min_writer'").fetchall()
-    if not needed:
-        raise errors.StoreCorruptError(f"{path}: its schema version is missing. Restore it from a backup")
-    if int(str(needed[0][0])) > SCHEMA:
+    if _min_writer(path, connection) > SCHEMA:
         raise errors.StoreVersionError(
             f"{path}: has schema {version}, this deferlib writes up to {SCHEMA}. Upgrade deferlib, or name another "
             "store with DEFERLIB_STORE"
         )
+    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
     if connection.pragma("journal_mode") != "wal":
         connection.pragma("journal_mode", "wal")
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _min_writer(path: str, connection: apsw.Connection) -> int:
+    try:
+        [(value,)] = connection.execute("select value from meta where key = 'min_writer'").fetchall()
+        return int(str(value))
+    except (apsw.SQLError, ValueError) as error:
+        raise errors.StoreCorruptError(f"{path}: its schema version is missing. Restore it from a backup") from error
 
 
 @contextlib.contextmanager
@@ -94,25 +121,31 @@ def translated(path: str) -> Iterator[None]:
     """Turn the driver's errors into ours, with the file's name and the remedy."""
     try:
         yield
-    except apsw.BusyError as error:
-        raise errors.StoreBusyError(
-            f"{path}: another process has kept the store locked; nothing was written. Try again, and look for a long "
-            "write transaction"
-        ) from error
-    except apsw.FullError as error:
-        raise errors.StoreFullError(f"{path}: the disk is full; nothing was written. Free some space") from error
-    except apsw.ReadOnlyError as error:
-        raise errors.StoreReadOnlyError(
-            f"{path}: can't be written to. Give this process write access to the file and its folder"
-        ) from error
-    except (apsw.CorruptError, apsw.NotADBError) as error:
-        raise errors.StoreCorruptError(
-            f"{path}: is damaged or no database ({error}); it is left untouched. Restore it from a backup"
-        ) from error
-    except apsw.CantOpenError as error:
-        raise errors.StoreUnavailableError(
-            f"{path}: can't be opened. Check that the file and its folder can be read and written, or name another "
-            "store with DEFERLIB_STORE"
-        ) from error
     except apsw.Error as error:
-        raise errors.StoreError(f"{path}: {type(error).__name__}: {error}") from error
+        raise translation(path, error) from error
+
+
+def translation(path: str, error: apsw.Error, code: int = 0) -> errors.StoreError:
+    """Return our error for the driver's; *code* is the system's errno, where it is known."""
+    if isinstance(error, apsw.FullError) or (isinstance(error, apsw.IOError) and code in _FULL):
+        return errors.StoreFullError(f"{path}: the disk is full; nothing was written. Free some space")
+    match error:
+        case apsw.BusyError():
+            return errors.StoreBusyError(
+                f"{path}: another process has kept the store locked; nothing was written. Try again, and look for a "
+                "long write transaction"
+            )
+        case apsw.ReadOnlyError():
+            return errors.StoreReadOnlyError(
+                f"{path}: can't be written to. Give this process write access to the file and its folder"
+            )
+        case apsw.CorruptError() | apsw.NotADBError():
+            return errors.StoreCorruptError(
+                f"{path}: is damaged or no database ({error}); it is left untouched. Restore it from a backup"
+            )
+        case apsw.CantOpenError():
+            return errors.StoreUnavailableError(
+                f"{path}: can't be opened. Check that the file and its folder can be read and written, or name another "
+                "store with DEFERLIB_STORE"
+            )
+    return errors.StoreError(f"{path}: {type(error).__name__}: {error}")

@@ -6,7 +6,8 @@ Safe to check and then write, statement by statement: SQLite has one writer, and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import groupby
+from typing import Any, NoReturn
 
 import apsw
 
@@ -29,10 +30,18 @@ from deferlib.core.model import (
     TaskRow,
     TaskState,
 )
+from deferlib.errors import StoreError
 from deferlib.store import names_and_ids, queries
+from deferlib.store.sqlite_file import translation
 
 SQL = queries.load("sqlite")
 _KEEP_MINUTES = 24 * 60
+_LOST = -1  # the place of what lost its fence
+_TASK_COLUMNS = (
+    *("id", "queue", "name", "eta", "due", "claims", "attempts", "executions", "failures", "lost", "first_try"),
+    *("created", "status", "reason", "method", "url", "target", "headers", "namespace", "tag", "retry", "deadline"),
+    *("expires", "died", "history", "key_id", "body"),
+)  # as in task_row and dead_row
 _SETTLE = {
     Action.DONE: SQL["done"],
     Action.RETRY: SQL["retry"],
@@ -42,12 +51,24 @@ _SETTLE = {
 
 
 class SqliteTx:
-    """One transaction's verbs; `deferlib.store.Tx` says what each does."""
+    """One transaction's verbs; `deferlib.store.Tx` says what each does.
 
-    __slots__ = ("_cursor",)
+    A statement that fails ends it: a verb is done whole or not at all, so nothing may follow half of one, or be committed
+    with it.
+    """
 
-    def __init__(self, connection: apsw.Connection) -> None:
-        self._cursor = connection.cursor()
+    __slots__ = ("_connection", "_cursor", "_path", "failure")
+
+    def __init__(self, connection: apsw.Connection, path: str) -> None:
+        self._connection = connection
+        self._cursor: apsw.Cursor | _Ended = connection.cursor()
+        self._path = path
+        self.failure: BaseException | None = None
+
+    def close(self) -> object:
+        """End the verbs; return what carried them, for a forked child that mustn't touch it but keep it."""
+        cursor, self._cursor = self._cursor, _ENDED
+        return cursor
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
@@ -107,11 +128,11 @@ class SqliteTx:
 
     def purge(self, now: Micros, queue: str, limit: int) -> int:
         expires = now + self._tombstone(queue)
-        rows = self._rows("purge_page", {"queue": queue, "limit": limit})
-        for id, _name in rows:
+        ids = self._column("purge_page", {"queue": queue, "limit": limit})
+        for id in ids:
             self._remove(id, expires)
-        self._count_one(queue, tasks=-len(rows))
-        return len(rows)
+        self._count_one(queue, tasks=-len(ids))
+        return len(ids)
 
     def claim(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[Claim]:
         claims: list[Claim] = []
@@ -127,30 +148,24 @@ class SqliteTx:
         return claims
 
     def settle(self, now: Micros, outcomes: Sequence[Outcome]) -> list[bool]:
-        groups: dict[tuple[Action, bool], list[Outcome]] = {}
-        for outcome in outcomes:
-            groups.setdefault((outcome.action, outcome.named), []).append(outcome)
-        held: set[int] = set()
-        for (action, named), group in groups.items():
+        held: set[int] = set()  # places in *outcomes*: one call may hold an old and a new answer of one task
+        for (action, named), run in groupby(enumerate(outcomes), key=_kind):
+            # Runs, not groups: what is answered twice is settled in the order asked, and the second answer is late.
+            values = [{**outcome._asdict(), "place": place} for place, outcome in run]
             if action is Action.DEAD:
-                held.update(outcome.id for outcome in group if self._bury(now, outcome))
-            elif action is Action.DONE and named:
-                held.update(self._each(SQL["done_named"], group))
+                held.update(self._bury(now, named, each) for each in values)
             else:
-                held.update(self._each(_SETTLE[action], group))
+                held.update(self._each(SQL["done_named"] if action is Action.DONE and named else _SETTLE[action], values))
+        held.discard(_LOST)
         if held:
-            self._tally(now, [outcome for outcome in outcomes if outcome.id in held])
-        return [outcome.id in held for outcome in outcomes]
+            self._tally(now, [outcomes[place] for place in held])
+        return [place in held for place in range(len(outcomes))]
 
-    def _each(self, sql: str, outcomes: Iterable[Outcome]) -> list[int]:
-        rows = self._cursor.executemany(sql, [outcome._asdict() for outcome in outcomes])
-        return [row[0] for row in rows]
-
-    def _bury(self, now: Micros, outcome: Outcome) -> bool:
-        if self._value("bury", {**outcome._asdict(), "now": now}) is None:
-            return False
-        self._each(SQL["done_named" if outcome.named else "done"], [outcome])
-        return True
+    def _bury(self, now: Micros, named: bool, values: dict[str, Any]) -> int:
+        """Make a dead letter; return its place, or `_LOST`."""
+        if self._value("bury", {**values, "now": now}) is None:
+            return _LOST
+        return self._each(SQL["done_named" if named else "done"], [values])[0]
 
     def _tally(self, now: Micros, outcomes: Iterable[Outcome]) -> None:
         """Keep the counters of what was settled."""
@@ -179,13 +194,14 @@ class SqliteTx:
         for name, id in names_and_ids(names):
             for row_id, is_dead, tombstone in self._resolve(queue, name, id):
                 if is_dead:
-                    moved += self._revive(queue, row_id, eta)
+                    moved += self._revive(now, queue, row_id, eta)
                 elif not tombstone:
                     moved += self._value("reschedule", {"id": row_id, "eta": eta, "now": now}) is not None
         return moved
 
-    def _revive(self, queue: str, id: int, eta: Micros) -> bool:
+    def _revive(self, now: Micros, queue: str, id: int, eta: Micros) -> bool:
         self._run("drop_tombstone", {"id": id})
+        self._run("drop_expired_name_of_dead", {"id": id, "now": now})
         if self._value("revive", {"id": id, "eta": eta}) is None:
             return False  # its name is in use again: the dead letter stays
         self._run("drop_dead", {"id": id})
@@ -199,7 +215,7 @@ class SqliteTx:
     def sweep(self, now: Micros, limit: int) -> int:
         swept = len(self._column("sweep_tombstones", {"now": now, "limit": limit}))
         minute = now // MINUTE - _KEEP_MINUTES
-        return swept + len(self._column("sweep_minutes", {"minute": minute, "limit": limit}))
+        return swept + len(self._column("sweep_minutes", {"minute": minute, "limit": limit - swept}))
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -226,9 +242,8 @@ class SqliteTx:
         return [self._task("dead_row" if dead else "task_row", id) for id in ids]
 
     def _task(self, query: str, id: int) -> TaskRow:
-        cursor = self._cursor.execute(SQL[query], {"id": id})
-        columns = [column[0] for column in cursor.get_description()]
-        return TaskRow(**dict(zip(columns, next(cursor), strict=True)))
+        [row] = self._rows(query, {"id": id})
+        return TaskRow(**dict(zip(_TASK_COLUMNS, row, strict=True)))
 
     def stats(self, now: Micros, queues: Sequence[str]) -> list[QueueStats]:
         return [self._stats(now, queue) for queue in queues]
@@ -291,7 +306,7 @@ class SqliteTx:
     def _resolve(self, queue: str, name: str, id: int | None) -> list[tuple[int, int, int]]:
         """Return (id, is a dead letter, is a tombstone) of what *name* stands for: a user's name first, then an id."""
         rows = self._rows("ids_by_name", {"queue": queue, "name": name})
-        if not rows and id is not None and id < 2**63:
+        if not rows and id is not None:
             rows = self._rows("ids_by_id", {"queue": queue, "id": id})
         return rows
 
@@ -308,17 +323,51 @@ class SqliteTx:
             self._run("count", {"queue": queue, "tasks": tasks, "dead": dead})
 
     def _run(self, query: str, values: Mapping[str, Any]) -> None:
-        self._cursor.execute(SQL[query], values)
-
-    def _rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        return self._cursor.execute(SQL[query], values).fetchall()
+        self._rows(query, values)
 
     def _column(self, query: str, values: Mapping[str, Any]) -> list[Any]:
-        return [row[0] for row in self._cursor.execute(SQL[query], values)]
+        return [row[0] for row in self._rows(query, values)]
 
     def _value(self, query: str, values: Mapping[str, Any]) -> Any:
-        rows = self._cursor.execute(SQL[query], values).fetchall()
+        rows = self._rows(query, values)
         return rows[0][0] if rows else None
+
+    def _rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        try:
+            return self._cursor.execute(SQL[query], values).fetchall()
+        except BaseException as error:
+            self._fail(error)
+
+    def _each(self, sql: str, values: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Run a settle's statement once for each of *values*; return the places of those whose fence held."""
+        try:
+            return [row[0] for row in self._cursor.executemany(sql, values)]
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        if self.failure is None and self._cursor is not _ENDED:
+            self.failure = error
+        self.close()
+        if isinstance(error, apsw.Error):
+            raise translation(self._path, error, self._connection.system_errno) from error
+        raise error
+
+
+class _Ended:
+    """Stands in for the cursor of a transaction that is over."""
+
+    def execute(self, sql: str, values: object) -> NoReturn:
+        raise StoreError("the transaction is over: use its verbs within the block, and not after one of them has failed")
+
+    executemany = execute
+
+
+_ENDED = _Ended()
+
+
+def _kind(placed: tuple[int, Outcome]) -> tuple[Action, bool]:
+    return placed[1].action, placed[1].named
 
 
 def _by_eta(claim: Claim) -> tuple[Micros, int]:

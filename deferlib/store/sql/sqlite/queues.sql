@@ -56,6 +56,12 @@ select tasks, dead from counts where queue = :queue
 select minute, executed, failed from minutes where queue = :queue and minute >= :minute - 1
 
 -- name: sweep_minutes
+-- By way of the queues, so that it looks at nothing it doesn't remove; `cross` holds SQLite to that order.
 delete from minutes
-where (queue, minute) in (select queue, minute from minutes where minute < :minute order by minute limit :limit)
+where (queue, minute) in (
+    select queue, minute
+    from queues
+    cross join minutes on queue = name and minute < :minute
+    limit :limit
+)
 returning queue

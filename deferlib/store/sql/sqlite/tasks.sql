@@ -37,7 +37,7 @@ set
 where id in (
     select id
     from (
-        select id, sum(size) over (order by due, id) - size as before
+        select id, size, sum(size) over (order by due, id) - size as before
         from (
             select id, due, size
             from tasks
@@ -46,7 +46,7 @@ where id in (
             limit :limit
         )
     )
-    where before < :bytes
+    where before = 0 or before + size <= :bytes
 )
 returning
     id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
@@ -63,7 +63,7 @@ set
 where id in (
     select id
     from (
-        select id, sum(size) over (order by due, id) - size as before
+        select id, size, sum(size) over (order by due, id) - size as before
         from (
             select id, due, size
             from tasks
@@ -72,7 +72,7 @@ where id in (
             limit :limit
         )
     )
-    where before < :bytes
+    where before = 0 or before + size <= :bytes
 )
 returning
     id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
@@ -82,13 +82,13 @@ returning
 -- Everywhere below: due > eta holds only while leased, so that a settle repeated after an unknown commit changes nothing.
 delete from tasks
 where id = :id and claims = :claims and due > eta
-returning id
+returning :place
 
 -- name: done_named
 update tasks
 set due = null, expires = :at, body = x'', headers = '', reason = '', history = '', size = 0
 where id = :id and claims = :claims and due > eta
-returning id
+returning :place
 
 -- name: retry
 update tasks
@@ -101,20 +101,20 @@ set
     reason = :reason,
     history = :history
 where id = :id and claims = :claims and due > eta
-returning id
+returning :place
 
 -- name: renew
 update tasks
 set due = :at
 where id = :id and claims = :claims and due > eta
-returning id
+returning :place
 
 -- name: release
 -- The attempt is refunded, the claim is not.
 update tasks
 set eta = :at, due = :at, attempts = attempts - 1, reason = :reason
 where id = :id and claims = :claims and due > eta
-returning id
+returning :place
 
 -- name: bury
 insert into dead (
@@ -146,8 +146,14 @@ returning id
 -- name: drop_tombstone
 delete from tasks where id = :id and due is null
 
+-- name: drop_expired_name_of_dead
+-- The name of a dead letter may have been used again, and be free again.
+delete from tasks
+where due is null and expires <= :now
+    and (queue, name) = (select queue, name from dead where id = :id and name is not null)
+
 -- name: drop_dead
-delete from dead where id = :id returning queue
+delete from dead where id = :id
 
 -- name: drop_task
 delete from tasks where id = :id and name is null returning id
@@ -166,7 +172,7 @@ where id = :id and due is not null and (due = eta or due <= :now)
 returning id
 
 -- name: purge_page
-select id, name
+select id
 from tasks
 where queue = :queue and due is not null
 order by due
@@ -179,6 +185,7 @@ select min(due) from tasks where queue = :queue and due is not null
 select id, 0 as dead, due is null as tombstone from tasks where queue = :queue and name = :name
 union all
 select id, 1, 0 from dead where queue = :queue and name = :name
+order by dead, id
 
 -- name: ids_by_id
 select id, 0 as dead, due is null as tombstone from tasks where id = :id and queue = :queue
@@ -186,9 +193,11 @@ union all
 select id, 1, 0 from dead where id = :id and queue = :queue
 
 -- name: queues_by_name
-select queue from tasks where name = :name
-union
-select queue from dead where name = :name
+-- By way of the queues, because names are indexed within theirs.
+select name
+from queues
+where exists (select 1 from tasks where tasks.queue = queues.name and tasks.name = :name)
+    or exists (select 1 from dead where dead.queue = queues.name and dead.name = :name)
 
 -- name: queues_by_id
 select queue from tasks where id = :id
