@@ -151,6 +151,9 @@ class SqliteTx:
         held: set[int] = set()  # places in *outcomes*: one call may hold an old and a new answer of one task
         for (action, named), run in groupby(enumerate(outcomes), key=_kind):
             # Runs, not groups: what is answered twice is settled in the order asked, and the second answer is late.
+            if action is Action.DONE and not named:  # nearly all of them: by position, 1.0 µs instead of 3.5
+                held.update(self._each(SQL["done"], [(outcome.id, outcome.claims, place) for place, outcome in run]))
+                continue
             values = [{**outcome._asdict(), "place": place} for place, outcome in run]
             if action is Action.DEAD:
                 held.update(self._bury(now, named, each) for each in values)
@@ -338,7 +341,7 @@ class SqliteTx:
         except BaseException as error:
             self._fail(error)
 
-    def _each(self, sql: str, values: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _each(self, sql: str, values: Sequence[Mapping[str, Any] | tuple[Any, ...]]) -> list[int]:
         """Run a settle's statement once for each of *values*; return the places of those whose fence held."""
         try:
             return [row[0] for row in self._cursor.executemany(sql, values)]
