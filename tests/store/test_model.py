@@ -46,7 +46,7 @@ QUEUES = ["a", "a", "a", "b"]
 IDS = range(1, 13)
 NAMES = ["x", "y", "3"]  # the last one could be an id's
 FOR_PEOPLE = ["x", "y", *map(str, IDS)]
-PASSED = [1, SECOND, 10 * SECOND, 30 * SECOND, MINUTE, 2 * DAY, -1, -SECOND]  # clocks go back, too
+PASSED = [1, SECOND, 30 * SECOND, 30 * SECOND, 30 * SECOND, MINUTE, 2 * DAY, -1, -SECOND]  # clocks go back, too
 OFFSETS = [-MINUTE, -1, 0, 0, 0, 0, 1, SECOND, MINUTE]
 SEEDS = st.integers(0, 2**32)
 
@@ -136,7 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _spec(self, rng: Random) -> ClaimSpec:
         limit, budget = rng.choice([5, 5, 3, 1, 0]), rng.choice([10_000, 10_000, 110, 11, 1, 0])
-        lease, interval = rng.choice([30 * SECOND, SECOND]), rng.choice([0, SECOND])
+        lease, interval = rng.choice([30 * SECOND, SECOND, 1]), rng.choice([0, SECOND])
         tag = rng.choice([None, None, None, "t"])
         return spec(rng.choice(QUEUES), limit, now=self.now, bytes=budget, lease=lease, interval=interval, tag=tag)
 
@@ -254,4 +254,6 @@ def test_store_is_like_the_model(name: str) -> None:
     assert machine.steps > STEPS // 4, "too few steps to mean anything"
     fates = [f"{action}{named}{refused}" for action in Action for named in ("", ", named") for refused in ("", ", refused")]
     others = [*AddResult, *(f"delete, {result}" for result in DeleteResult), "lost", "reschedule", "replay"]
-    assert not {each for each in [*fates, *others] if saw[each] < STEPS // 2000}, "too few of these to mean anything"
+    assert sum(saw[fate] for fate in fates if "refused" not in fate) > STEPS // 20, "too few settles to mean anything"
+    if STEPS >= 20_000:  # in a short run chance may leave one out
+        assert not {each for each in [*fates, *others] if saw[each] < STEPS // 2000}, "too few of these to mean anything"
