@@ -235,7 +235,7 @@ class SqliteStore:
             self._find_file()
         flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if self._memory else 0)
         connection = apsw.Connection(self.path, flags=flags, statementcachesize=200)
-        # Otherwise the planner looks at bound values, and plans a range query anew at each run: a claim of one takes 300 us, not 80.
+        # Otherwise the planner looks at bound values and plans a range query anew at each run: 300 µs a claim, not 80.
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
         try:
             connection.set_busy_handler(seat.wait)

@@ -150,3 +150,11 @@ def test_every_statement_is_used_and_every_used_one_exists() -> None:
 
 def test_no_statement_reads_a_clock_or_rolls_dice() -> None:
     assert not [name for name, sql in SQL.items() if re.search(r"datetime|strftime|unixepoch|julian|random|current_", sql)]
+
+
+def test_no_query_is_planned_anew_for_its_values(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "tasks.db"))
+
+    with store.begin() as tx:
+        assert tx._connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, -1) == 1  # a claim of one: 80 µs, without it 300
+    store.close()
