@@ -32,7 +32,7 @@ from deferlib.core.model import (
 from deferlib.core.verdict import given_up, release, verdict
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
-ISOLATION_DELAY: Micros = SECOND // 10
+ISOLATION_DELAY: Micros = SECOND // 50
 UNRESOLVED_DELAY: Micros = 30 * SECOND
 NEVER: Micros = 2**62
 
@@ -46,13 +46,6 @@ class Rules(NamedTuple):
     in_process: bool = False
     base: str = ""  # base URL of the default target
     quarantine_after: Micros = 10 * MINUTE
-
-
-class Claimed(NamedTuple):
-    """What came of a transaction's claims: deliveries to send, and outcomes of those that may not be sent."""
-
-    deliveries: list[Delivery]
-    refused: list[Outcome]
 
 
 class _Flight:
@@ -212,6 +205,21 @@ class Scheduler:
         got = _count(claims)
         return [spec.queue for spec in specs if got.get(spec.queue, 0) < spec.limit]
 
+    def refusals(self, now: Micros, claims: Iterable[Claim]) -> list[Outcome]:
+        """Return the outcomes of those *claims* that may not be sent: past their limits, without a target, to run alone.
+
+        Changes no state. Settled in the transaction that claimed them: an engine that is killed between two would leave
+        them leased, and count each as an attempt that was lost with its process.
+        """
+        refused, isolated = [], self._isolated
+        for claim in claims:
+            outcome = self._unfit(now, claim, isolated)
+            if outcome is not None:
+                refused.append(outcome)
+            elif self._suspect(claim):
+                isolated = claim.id
+        return refused
+
     def renewals(self, now: Micros) -> list[Outcome]:
         """Return the renewals due at *now*. Changes no state."""
         outcomes = []
@@ -285,11 +293,12 @@ class Scheduler:
         due: Mapping[str, Micros],
         owned: Mapping[str, Limiter],
         wanted: Iterable[str],
-    ) -> Claimed:
-        """Take the committed claims of *specs* and what else the transaction read; say what to send.
+        refusals: Iterable[Outcome] = (),
+    ) -> list[Delivery]:
+        """Take the committed claims of *specs*, without the refused ones, and what else the transaction read.
 
         *due* has the next due time of each drained queue, *owned* the limited queues that this engine owns out of
-        *wanted*. A claim that may not be sent (past its limits, its target unknown) becomes an outcome instead.
+        *wanted*. Returns what to send.
         """
         self._turn += 1
         got = _count(claims)
@@ -301,14 +310,8 @@ class Scheduler:
                 queue.look_at = due.get(spec.queue, NEVER)
             if count and spec.interval:
                 queue.tat = bucket.spent(queue.tat, spec.interval, count, now)
-        result = Claimed([], [])
-        for claim in claims:
-            outcome = self._unfit(now, claim)
-            if outcome is None:
-                result.deliveries.append(self._deliver(now, claim))
-            else:
-                result.refused.append(outcome)
-        return result
+        refused = {outcome.id for outcome in refusals}
+        return [self._deliver(now, claim) for claim in claims if claim.id not in refused]
 
     def looked(self, now: Micros, peeked: Iterable[str], due: Mapping[str, Micros]) -> None:
         """Take what was found to be due next in the *peeked* queues."""
@@ -354,7 +357,11 @@ class Scheduler:
         if queue is not None:
             queue.look_at = min(queue.look_at, at)
 
-    def _unfit(self, now: Micros, claim: Claim) -> Outcome | None:
+    def _suspect(self, claim: Claim) -> bool:
+        """Tell whether this is the last chance of a task that may be killing its process."""
+        return self._rules.in_process and claim.lost >= max(self._config(claim.queue).lost_limit - 1, 1)
+
+    def _unfit(self, now: Micros, claim: Claim, isolated: int | None) -> Outcome | None:
         """Return the outcome of a claim that must not be sent, or None."""
         config = self._config(claim.queue)
         if self._rules.in_process and claim.lost >= config.lost_limit:
@@ -363,8 +370,8 @@ class Scheduler:
         if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
             return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
         if self._rules.in_process:
-            # The last chance of a task that may be killing its process: alone, so that it takes no other with it.
-            if claim.lost >= max(config.lost_limit - 1, 1) and self._isolated not in (None, claim.id):
+            # Suspects run one at a time, so that one of them takes no other with it.
+            if self._suspect(claim) and isolated not in (None, claim.id):
                 return release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
         elif self._resolve(config.target or claim.target) is None:
             target = config.target or claim.target
@@ -373,7 +380,7 @@ class Scheduler:
 
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
         config = self._config(claim.queue)
-        if self._rules.in_process and claim.lost >= max(config.lost_limit - 1, 1):
+        if self._suspect(claim):
             self._isolated = claim.id
         self._flights[claim.id] = _Flight(claim, now + self._rules.lease // 3)
         queue = self._queues.get(claim.queue)

@@ -144,10 +144,6 @@ class Engine:
         specs = self._scheduler.plan(now, self._transport.room)
         if outcomes or specs:  # an idle turn opens no transaction
             self._transact(now, outcomes, specs)
-        if self._unsettled:
-            # Claims that may not be sent go back before the others start: one of these may kill the process (that is why
-            # suspects run alone), and what is still leased then would count as lost with it.
-            self._transact(now, list(self._unsettled), [])
         if self._outbox:
             self._step("send")
             self._send()
@@ -177,6 +173,8 @@ class Engine:
             self._step("settle")
             specs = self._scheduler.admit(now, specs, owned)
             claims = tx.claim(now, specs)
+            refused = self._scheduler.refusals(now, claims)
+            tx.settle(now, refused)
             self._step("claim")
             due = tx.next_due(self._scheduler.drained(specs, claims))
             self._step("commit")
@@ -185,9 +183,7 @@ class Engine:
         for claim in self._scheduler.settled(now, outcomes, settled):
             self._give_up(claim)
         self._scheduler.looked(now, peeked, next_due)
-        deliveries, refused = self._scheduler.claimed(now, specs, claims, due, owned, wanted)
-        self._outbox += deliveries
-        self._unsettled += refused
+        self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
 
     def _settle(
         self, tx: Tx, now: Micros, outcomes: Sequence[Outcome], wanted: Sequence[str], owned: Mapping[str, Limiter]

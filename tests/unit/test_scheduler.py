@@ -66,9 +66,8 @@ def commit(
     peeked = scheduler.peeks(specs)
     wanted = scheduler.limited(now, peeked, dict.fromkeys(peeked, now))
     owned = {name: Limiter(0, now + LEASE) for name in wanted}
-    deliveries, refused = scheduler.claimed(now, scheduler.admit(now, specs, owned), claims, due or {}, owned, wanted)
-    assert not refused
-    return deliveries
+    assert not scheduler.refusals(now, claims)
+    return scheduler.claimed(now, scheduler.admit(now, specs, owned), claims, due or {}, owned, wanted)
 
 
 def asked(specs: list[ClaimSpec]) -> dict[str, int]:
@@ -360,7 +359,9 @@ def test_busy_target_is_waited_for() -> None:
 
 def refuse(scheduler: Scheduler, *claims: Claim) -> list[Outcome]:
     specs = scheduler.plan(NOW, room(10))
-    return scheduler.claimed(NOW, specs, claims, {}, {}, []).refused
+    refused = scheduler.refusals(NOW, claims)
+    assert not scheduler.claimed(NOW, specs, claims, {}, {}, [], refused)
+    return refused
 
 
 def test_task_that_killed_its_process_too_often_is_given_up() -> None:
@@ -382,14 +383,16 @@ def test_suspects_run_one_at_a_time() -> None:
     specs = scheduler.plan(NOW, room(10))
     first, second, innocent = claim(1, lost=2), claim(2, lost=2), claim(3, lost=1)
 
-    deliveries, refused = scheduler.claimed(NOW, specs, [first, second, innocent], {}, {}, [])
+    refused = scheduler.refusals(NOW, [first, second, innocent])
+    deliveries = scheduler.claimed(NOW, specs, [first, second, innocent], {}, {}, [], refused)
 
     assert [delivery.claim.id for delivery in deliveries] == [1, 3]
     assert [(outcome.id, outcome.action, outcome.at) for outcome in refused] == [
         (2, Action.RELEASE, NOW + ISOLATION_DELAY)
     ]  # fmt: skip
     scheduler.finished(NOW, result(first))
-    assert scheduler.claimed(NOW, specs, [second], {}, {}, []).deliveries
+    assert not scheduler.refusals(NOW, [second])
+    assert scheduler.claimed(NOW, specs, [second], {}, {}, [])
 
 
 @pytest.mark.parametrize("own", ["", '{"retry_limit":1}'])
