@@ -210,7 +210,7 @@ def _environ(delivery: Delivery, now: Micros, clock: Clock) -> dict[str, Any]:
         "wsgi.run_once": False,
         ENVIRON_KEY: vouch(delivery, now, clock),
     }
-    for name, value in user_headers(claim):
+    for name, value in user_headers(claim.headers):
         key = name.upper().replace("-", "_")
         environ[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
     if claim.body:
