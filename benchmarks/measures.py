@@ -196,7 +196,7 @@ def granian(runtime: config.Runtime) -> Iterator[int]:
     """One granian worker with `benchmarks.app` on a free port."""
     port = free_port()
     command = [sys.executable, "-m", "granian", "--interface", "wsgi", "--workers", "1", "--port", str(port)]
-    # One thread for Python and one for the network: with more, granian's threads fight for the GIL (180 us a task, not 108).
+    # One thread for Python, one for the network: more of them fight for the GIL (180 us a task, not 108).
     command += ["--blocking-threads", "1", "--runtime-mode", "st"]
     command += ["--no-ws", "--log-level", "error", "benchmarks.app:application"]
     runtime.ring  # noqa: B018  # the key file must be there before two processes want it

@@ -28,6 +28,8 @@ Prepare: TypeAlias = Callable[[Delivery, Micros], Request]
 
 LOOK_AHEAD: Micros = 20_000  # how long a delivery may wait here for a slot
 MOST_AHEAD = 256
+GATHER = 0.004  # seconds to gather results, while there is a look-ahead to work off: fewer and larger transactions
+BATCH = 96  # results that are enough for one
 NO_PACE: Micros = 10 * SECOND
 LONGEST_POLL = 60.0  # seconds; also how soon a step of the clock is noticed
 FILES = 65_536  # descriptors: nobody needs more
@@ -139,6 +141,12 @@ class HttpTransport:
             if woken or patience <= 0:
                 return
         self._poll(0.0)  # a turn's transaction costs much more than a poll: let it settle all that is there
+        # What waits for slots keeps them busy without a turn, so the next one can wait for more to settle.
+        end = time.monotonic() + GATHER
+        while len(self._results) < BATCH and any(target.waiting for target in self._targets.values()):
+            patience = end - time.monotonic()
+            if patience <= 0 or self._poll(patience):
+                return
 
     def wake(self) -> None:
         """End the present or next `wait`. From any thread or signal handler."""
