@@ -424,8 +424,8 @@ class Handler:
             return WRONG_METHOD
         try:
             dispatch = environ.get(context.ENVIRON_KEY)
-            if not isinstance(dispatch, Dispatch):  # from another process; here, nobody asks the environ for headers
-                dispatch = inbound.identify(environ, config.runtime())
+            if not isinstance(dispatch, Dispatch):  # it comes from another process
+                dispatch = inbound.recognise(environ, config.runtime())
             if dispatch is None:
                 return FORBIDDEN
             data = inbound.read_body(environ)

@@ -52,12 +52,21 @@ def identify(environ: Environ, runtime: Runtime) -> Dispatch | None:
 
     Raises `TokenError` if there is a token, but not a valid one for this request (the environ is cleaned all the same).
     """
+    dispatch = recognise(environ, runtime)
+    if dispatch is not None:
+        for name, value in dispatch.headers.items():
+            environ["HTTP_" + name.upper().replace("-", "_")] = value
+        environ["REMOTE_ADDR"] = TASK_ADDRESS
+    return dispatch
+
+
+def recognise(environ: Environ, runtime: Runtime) -> Dispatch | None:
+    """Do what `identify` does, but leave the true headers out, for a handler that reads none of them (4 µs less)."""
     known = environ.get(ENVIRON_KEY)
-    if isinstance(known, Dispatch):
-        _tell(environ, known)
-        return known
     signature = environ.get(_SIGNATURE_KEY)
     _clean(environ)
+    if isinstance(known, Dispatch):
+        return known
     if not signature:
         return None
     vouched = token.verify(runtime.ring, runtime.clock, signature)
@@ -69,7 +78,6 @@ def identify(environ: Environ, runtime: Runtime) -> Dispatch | None:
         prefix=runtime.settings["prefix"],
     )
     environ[ENVIRON_KEY] = dispatch
-    _tell(environ, dispatch)
     return dispatch
 
 
@@ -104,13 +112,6 @@ def _clean(environ: Environ) -> None:
         del environ[key]
     if environ.get("REMOTE_ADDR") == TASK_ADDRESS:  # from a forged X-Forwarded-For: nothing else comes from there
         environ["REMOTE_ADDR"] = NO_ADDRESS
-
-
-def _tell(environ: Environ, dispatch: Dispatch) -> None:
-    _clean(environ)
-    for name, value in dispatch.headers.items():
-        environ["HTTP_" + name.upper().replace("-", "_")] = value
-    environ["REMOTE_ADDR"] = TASK_ADDRESS
 
 
 def _decoded(path: str) -> str:

@@ -129,7 +129,7 @@ def verify(ring: Keyring, clock: Clock, token: str) -> Vouched:
         raise TokenError(f"the token was signed with key {key_id.hex()[:16]}, which isn't in the ring here")
     if not genuine:
         raise TokenError("the token's signature is wrong")
-    claims = json.loads(_unb64(payload))  # ours, since the signature holds
+    claims = json.loads(_unb64(payload).decode())  # ours, since the signature holds
     now = clock.now()
     if not claims["t"] - SKEW <= now <= claims["t"] + claims["l"] + SKEW:
         raise TokenError("the token has expired, or the clocks differ by more than ten minutes")
