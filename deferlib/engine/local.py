@@ -32,6 +32,8 @@ log = logging.getLogger("deferlib.engine")
 _LOOKAHEAD: Micros = SECOND // 50  # deliveries may wait in the pool for about this long before they start
 _MAX_LOOKAHEAD = 256
 _MAX_WAIT_SECONDS = 60.0
+_GATHER = 2  # milliseconds to gather results in
+_BATCH = 96  # results that are enough for a transaction
 
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -110,6 +112,10 @@ class LocalTransport:
                     self._poll.poll(min(seconds, _MAX_WAIT_SECONDS) * 1000)
         finally:
             self._waiting = False
+            self._waker.clear()
+        # While the threads have work, a turn can wait for more results: fewer transactions, and fewer fights for the GIL.
+        if 0 < len(self._done) < _BATCH and self._inbox.qsize() > self._threads:
+            self._poll.poll(_GATHER)
             self._waker.clear()
 
     def wake(self) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -107,6 +108,32 @@ def test_engine_killed_at_any_step_of_a_turn_loses_nothing(site: Site, step: str
         with site.engine(*options, **environ):
             wait_until(lambda: not site.waiting(), "the queue is empty")
 
+    assert set(site.finished()) == {str(number) for number in range(60)}
+
+
+@pytest.mark.parametrize("step", ["answer", "settle", "claim", "commit", "committed", "send"])
+def test_engine_that_fails_at_any_step_of_a_turn_goes_on(site: Site, step: str) -> None:
+    defer_many(60)
+
+    with site.engine("--app", "systemapp:application", DEFERLIB_FAILPOINT=f"{step}:2:raise") as engine:
+        wait_until(lambda: not site.waiting(), "the queue is empty")
+        assert engine.poll() is None, site.log()
+
+    assert "a turn failed" in site.log()
+    assert set(site.finished()) == {str(number) for number in range(60)}
+
+
+@pytest.mark.parametrize("step", ["answer", "settle", "claim", "commit", "committed", "send"])
+def test_engine_that_stalls_at_any_step_beyond_its_lease_loses_nothing(site: Site, step: str) -> None:
+    defer_many(60)
+    stall = {"DEFERLIB_FAILPOINT": f"{step}:2:stall", "DEFERLIB_FAILPOINT_STALL": str(LEASE * 1.5)}
+    started = time.monotonic()
+
+    with site.engine("--app", "systemapp:application", **stall) as engine:
+        wait_until(lambda: not site.waiting(), "the queue is empty")
+        assert engine.poll() is None, site.log()
+
+    assert time.monotonic() - started > LEASE * 1.5, "it did stall"
     assert set(site.finished()) == {str(number) for number in range(60)}
 
 
