@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -92,14 +92,11 @@ class LocalTransport:
         while not self._inbox.empty():
             try:
                 delivery = self._inbox.get_nowait()
-            except Exception:  # another thread took it: SimpleQueue raises _queue.Empty
+            except Empty:  # a thread of the pool was quicker
                 break
             if delivery is not None:
                 self._taken -= 1
-                now = self._clock.now()
-                withdrawn.append(
-                    Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error="the engine is stopping")
-                )
+                withdrawn.append(self._unsent(delivery, "the engine is stopping"))
         return withdrawn
 
     def wait(self, until: Micros) -> None:
@@ -132,9 +129,16 @@ class LocalTransport:
     def _work(self) -> None:
         get, done = self._inbox.get, self._done
         while (delivery := get()) is not None:
-            done.append(Context().run(self._call, delivery))
+            if self._cancelled and delivery.claim[:2] in self._cancelled:  # somebody else runs it by now
+                done.append(self._unsent(delivery, "its lease is lost"))
+            else:
+                done.append(Context().run(self._call, delivery))
             if self._waiting and not self._closed:
                 self._waker.wake()
+
+    def _unsent(self, delivery: Delivery, reason: str) -> Result:
+        now = self._clock.now()
+        return Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error=reason)
 
     def _call(self, delivery: Delivery) -> Result:
         claim = delivery.claim

@@ -257,6 +257,22 @@ def test_cancelled_delivery_is_not_reported(make: Make) -> None:
     assert [result.id for result in collect(transport)] == [3]
 
 
+def test_delivery_cancelled_before_it_starts_never_runs(make: Make) -> None:
+    gate = Gate()
+    transport = make(gate, threads=1)
+    transport.send(delivery(1))
+    transport.send(delivery(2))
+    gate.wait()
+
+    transport.cancel(2, 7)
+    transport.send(delivery(3))
+    gate.open.set()
+
+    assert [result.id for result in collect(transport, 2)] == [1, 3]
+    gate.wait()  # the third delivery's call
+    assert not gate.entered.acquire(blocking=False)
+
+
 def test_cancel_is_for_one_claim_only(make: Make) -> None:
     gate = Gate()
     transport = make(gate)
