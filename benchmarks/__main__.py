@@ -30,6 +30,7 @@ def main() -> int:
         return 2
     versions = f"SQLite {apsw.sqlite_lib_version()}, libcurl {pycurl.version_info()[1]}"
     print(f"Python {platform.python_version()}, {versions}, {platform.machine()}")
+    print(measures.machine())
     reached = True
     for name in names:
         for row in ALL[name]():
