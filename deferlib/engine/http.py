@@ -28,8 +28,8 @@ Prepare: TypeAlias = Callable[[Delivery, Micros], Request]
 
 LOOK_AHEAD: Micros = 20_000  # how long a delivery may wait here for a slot
 MOST_AHEAD = 256
-GATHER = 0.004  # seconds to gather results, while there is a look-ahead to work off: fewer and larger transactions
-BATCH = 96  # results that are enough for one
+GATHER = 0.008  # seconds to gather results, while there is a look-ahead to work off: fewer and larger transactions
+BATCH = 160  # results that are enough for one
 NO_PACE: Micros = 10 * SECOND
 LONGEST_POLL = 60.0  # seconds; also how soon a step of the clock is noticed
 FILES = 65_536  # descriptors: nobody needs more
