@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from deferlib import config
@@ -64,23 +65,12 @@ example:
 
 def add_to(commands: Commands) -> None:
     from deferlib.cli.settings import add_flags
+    from deferlib.cli.verbs import add_verb
 
     queues = commands.add_parser("queues", help="list, show, pause, resume or purge queues", allow_abbrev=False)
     verbs = queues.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str, epilog: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        formatter = argparse.RawDescriptionHelpFormatter
-        parser: argparse.ArgumentParser = verbs.add_parser(
-            name,
-            help=text,
-            description=f"{text.capitalize()}.",
-            epilog=epilog,
-            formatter_class=formatter,
-            allow_abbrev=False,
-        )
-        parser.set_defaults(run=run)
-        return parser
-
+    add = partial(add_verb, verbs)
     listing = add("list", "list the queues with what waits in them", _LIST, list_queues)
     show = add("show", "show all there is to know of a queue", _SHOW, show_queue)
     pause = add("pause", "start no more tasks of these queues", _PAUSE, pause_queues)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deferlib.cli import task_text
@@ -65,23 +66,12 @@ example:
 
 def add_to(commands: Commands) -> None:
     from deferlib.cli.settings import add_flags
+    from deferlib.cli.verbs import add_verb
 
     tasks = commands.add_parser("tasks", help="list, show, run, retry or delete tasks", allow_abbrev=False)
     verbs = tasks.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, text: str, epilog: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        formatter = argparse.RawDescriptionHelpFormatter
-        parser: argparse.ArgumentParser = verbs.add_parser(
-            name,
-            help=text,
-            description=f"{text.capitalize()}.",
-            epilog=epilog,
-            formatter_class=formatter,
-            allow_abbrev=False,
-        )
-        parser.set_defaults(run=run)
-        return parser
-
+    add = partial(add_verb, verbs)
     listing = add("list", "list tasks or dead letters", _LIST, list_tasks)
     listing.add_argument("queue", metavar="QUEUE", nargs="?", help="only this queue's")
     listing.add_argument("--state", choices=_STATES, default="live", help="which ones (default: live, all but the dead)")
