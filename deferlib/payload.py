@@ -189,11 +189,6 @@ def _culprit(fn: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def is_envelope(data: bytes) -> bool:
-    """Tell whether *data* claims to be an envelope, of any version."""
-    return data.startswith(MAGIC)
-
-
 def parse(data: bytes) -> Envelope:
     """Take *data* apart without trusting it.
 

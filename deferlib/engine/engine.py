@@ -279,7 +279,7 @@ def _unsent(delivery: Delivery, now: Micros, why: str) -> Result:
 def _needs_sync(outcomes: Sequence[Outcome], limited: Sequence[str]) -> bool:
     """Tell whether a turn must survive a power cut.
 
-    Losing a claim or a renewal only means another run, so a turn without settles that claims from no *limited* queue isn't
-    synced (enqueue to start: 1.3 ms, 0.9 without).
+    Losing a claim, a refusal or a renewal only means that it is made again, so a turn without settles that claims from no
+    *limited* queue isn't synced (enqueue to start: 1.3 ms, 0.9 without).
     """
     return bool(limited) or any(outcome.action is not Action.RENEW for outcome in outcomes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from deferlib import config
-from deferlib.core.model import AddResult, NewTask
+from deferlib.core.model import AddResult
 from deferlib.errors import (
     BadTaskStateError,
     DuplicateTaskNameError,
@@ -158,9 +158,3 @@ def add(
     task = Task(payload, **options)  # type: ignore[arg-type]  # Task checks its own arguments
     Queue(queue_name).add(task, transactional)
     return task
-
-
-def rows_of(tasks: Iterable[Task], queue: str) -> list[NewTask]:
-    """Return tasks as a store takes them, for tests and benchmarks of stores."""
-    ring = config.runtime().ring
-    return [task._row(queue, ring) for task in tasks]

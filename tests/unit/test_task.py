@@ -32,7 +32,6 @@ from deferlib.taskqueue import (
     UnknownQueueError,
     add,
 )
-from deferlib.taskqueue.queue import rows_of
 
 NOW: Micros = 1_763_700_000_000_000
 
@@ -53,7 +52,7 @@ def _runtime() -> Iterator[None]:
 
 
 def row(task: Task, queue: str = "default") -> Any:
-    return rows_of([task], queue)[0]
+    return task._row(queue, config.runtime().ring)
 
 
 # --- names, URLs, methods -------------------------------------------------------------------------------------------
