@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from deferlib.core.model import MINUTE, SECOND, ClaimSpec, QueueConfig
+from deferlib.core.model import MINUTE, SECOND, ClaimSpec, QueueConfig, QueueSource
 from deferlib.errors import EnqueueUnknownError, StoreBusyError, StoreFullError
 from deferlib.store.sqlite_tx import SqliteTx
 from tests.unit.engine_bench import LEASE, Bench, Carrier
@@ -105,6 +105,18 @@ def test_delivery_that_lost_its_lease_is_cancelled(bench: Bench, caplog: pytest.
     assert bench.carrier.cancelled == [delivery.claim[:2]]
     assert "lost its lease" in caplog.text
     assert bench.engine.idle
+
+
+def test_claim_that_may_not_be_sent_is_never_seen_leased(bench: Bench) -> None:
+    config = QueueConfig(name="default", target="nowhere")  # a target that isn't configured
+    bench.store.real.run(lambda tx: tx.put_queues([config], QueueSource.COMMAND))
+    assert bench.deliver(1) == []
+
+    row = bench.row(1)
+
+    assert row is not None
+    assert row.claims > 0, "it was claimed"
+    assert (row.state(bench.now), row.attempts) == ("scheduled", 0), "an engine killed now would not have lost it"
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
