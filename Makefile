@@ -1,9 +1,9 @@
-# `make test` needs only Python 3.11+, make and the package index; it keeps everything in .venv.
+# `make test` and `make demo` need only Python 3.11+, make and the package index; they keep everything in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint fast bench clean
+.PHONY: setup test lint fast demo docs bench clean
 
 setup: $(VENV)/.ready
 
@@ -23,8 +23,21 @@ fast: setup
 test: setup lint
 	$(BIN)/pytest
 
+# Not by way of setup: whoever only wants to see it run needs neither linters nor web frameworks.
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.search_index.demo
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+docs: setup
+	$(BIN)/sphinx-build --fail-on-warning --quiet --builder html docs docs/_build
+	@echo "docs/_build/index.html"
+
 bench: setup
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
