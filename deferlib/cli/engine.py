@@ -130,6 +130,7 @@ class _Formatter(logging.Formatter):
 
 def _build(runtime: config.Runtime, app: Any) -> Engine:
     from deferlib.engine.build import build
+    from deferlib.engine.observer import LogObserver
 
     if runtime.settings["port"] is not None:
         log.warning("the setting 'port' has no effect: the engine's health and metrics aren't available in this version")
@@ -139,7 +140,7 @@ def _build(runtime: config.Runtime, app: Any) -> Engine:
 
         step = failpoints.from_environ()
     _ = runtime.store, runtime.ring  # now: without keys every call would fail, and be charged for it
-    return build(runtime, app, step=step)
+    return build(runtime, app, observer=LogObserver(), step=step)
 
 
 def _watch(runtime: config.Runtime, stack: ExitStack) -> QueueFileWatch | None:

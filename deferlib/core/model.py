@@ -303,6 +303,7 @@ class Kind(StrEnum):
     MALFORMED = "malformed"  # the answer broke the protocol
     UNREACHABLE = "unreachable"  # the target never had the request
     UNKNOWN = "unknown"  # the connection broke; the target may have run the task
+    INTERRUPTED = "interrupted"  # the target was replaced by whoever runs this engine, and answers again soon
     UNSENT = "unsent"  # withdrawn before it started
 
 

@@ -325,6 +325,11 @@ class Scheduler:
         flight = self._flights.get(claim.id)
         return flight.until if flight is not None and flight.claim.claims == claim.claims else 0
 
+    def claim_of(self, result: Result) -> Claim | None:
+        """Return the claim in flight that *result* ends; None if its lease was lost."""
+        flight = self._flights.get(result.id)
+        return flight.claim if flight is not None and flight.claim.claims == result.claims else None
+
     def finished(self, now: Micros, result: Result) -> Outcome | None:
         """Turn a delivery's result into its outcome; None if the lease was lost and the result counts no more."""
         flight = self._flights.get(result.id)

@@ -7,9 +7,10 @@ from random import Random
 from typing import assert_never
 
 from deferlib.core.backoff import backoff, may_retry, policy_of
-from deferlib.core.model import Action, Claim, Kind, Micros, Outcome, QueueConfig, Result
+from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, QueueConfig, Result
 
 HISTORY = 3  # attempts kept with a task
+INTERRUPTED_DELAY: Micros = SECOND // 100
 _REASON_LENGTH = 500
 
 # Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
@@ -31,6 +32,8 @@ def verdict(
             return _failed(now, claim, result, config, rng)
         case Kind.UNREACHABLE | Kind.UNKNOWN:
             return _again(now, claim, result, config, rng)
+        case Kind.INTERRUPTED:
+            return _again(now, claim, result, config, rng)._replace(at=now + INTERRUPTED_DELAY)
         case Kind.UNSENT:
             return release(claim, now, result.error)
         case _:

@@ -12,20 +12,30 @@ from typing import TYPE_CHECKING, cast
 from deferlib.config import Runtime
 from deferlib.core.model import SECOND, Micros, QueueSource
 from deferlib.core.scheduler import Rules, Scheduler
-from deferlib.engine.engine import Engine
+from deferlib.engine.engine import Engine, no_step
 from deferlib.engine.local import LocalTransport, WsgiApp
+from deferlib.engine.observer import Observer
 from deferlib.engine.transport import Transport
 
 if TYPE_CHECKING:
     from deferlib.contrib.asgi import AsgiApp
 
 
-def build(runtime: Runtime, app: WsgiApp | AsgiApp | None = None, *, step: Callable[[str], None] | None = None) -> Engine:
+def build(
+    runtime: Runtime,
+    app: WsgiApp | AsgiApp | None = None,
+    *,
+    observer: Observer | None = None,
+    around: Callable[[Transport], Transport] | None = None,
+    take_over: bool | None = None,
+    step: Callable[[str], None] | None = None,
+) -> Engine:
     """Return an engine on the runtime's store that calls *app* in this process, or, without one, pushes over HTTP.
 
     A WSGI app is called as it is; an ASGI app gets the deferred handler, a loop, and its lifespan until the process exits.
 
-    Applies the configured queues to the store.
+    Applies the configured queues to the store. *observer*, *take_over* and *step* are the engine's (by default an engine that
+    calls the app itself takes over); *around* may put another transport in front of the one that is made.
     """
     configs = runtime.queues()
     runtime.store.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))
@@ -39,8 +49,18 @@ def build(runtime: Runtime, app: WsgiApp | AsgiApp | None = None, *, step: Calla
         targets={} if app is not None else runtime.settings["targets"],
     )
     scheduler = Scheduler(rules, random.Random())
-    options = {} if step is None else {"step": step}
-    return Engine(runtime.store, _transport(runtime, app), scheduler, runtime.clock, node=node, lease=lease, **options)
+    transport = _transport(runtime, app)
+    return Engine(
+        runtime.store,
+        transport if around is None else around(transport),
+        scheduler,
+        runtime.clock,
+        node=node,
+        lease=lease,
+        observer=observer,
+        take_over=app is not None if take_over is None else take_over,
+        step=step or no_step,
+    )
 
 
 def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:

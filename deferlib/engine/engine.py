@@ -24,6 +24,7 @@ from deferlib.core.model import (
     Result,
 )
 from deferlib.core.scheduler import Scheduler
+from deferlib.engine.observer import Observer
 from deferlib.engine.transport import ERROR_LENGTH, Transport
 from deferlib.errors import StoreError
 from deferlib.store import Store, Tx
@@ -37,15 +38,17 @@ _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
 
 
-def _no_step(name: str) -> None:
-    pass
+def no_step(name: str) -> None:
+    """Do nothing at a step."""
 
 
 class Engine:
     """Delivers the due tasks of *store* through *transport*.
 
-    *node* names this engine as an owner of limited queues; *lease* is how long a claim holds unless renewed. *step* is
-    called with the name of each step of a turn (answer, settle, claim, commit, committed, send), where tests let it fail.
+    *node* names this engine as an owner of limited queues; *lease* is how long a claim holds unless renewed. *observer* is
+    told of every delivery. With *take_over* what an engine runs dies with it: a first engine then ends the leases it
+    finds, instead of waiting for them. *step* is called with the name of each step of a turn (answer, settle, claim,
+    commit, committed, send), where tests let it fail.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Engine:
         *,
         node: str,
         lease: Micros,
-        step: Callable[[str], None] = _no_step,
+        observer: Observer | None = None,
+        take_over: bool = False,
+        step: Callable[[str], None] = no_step,
     ) -> None:
         self._store = store
         self._transport = transport
@@ -65,6 +70,8 @@ class Engine:
         self._clock = clock
         self._node = node
         self._lease = lease
+        self._observer = observer
+        self._take_over = take_over
         self._step = step
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
@@ -79,7 +86,7 @@ class Engine:
 
     def run(self) -> None:
         """Work until `stop` is called; then drain: finish what runs, release what hasn't started."""
-        with self._store.watch(self.wake):
+        with self._store.serving(self._first), self._store.watch(self.wake):
             pause = _FIRST_PAUSE
             while not self._stopping:
                 try:
@@ -90,6 +97,20 @@ class Engine:
                     pause = min(pause * 2, _LONGEST_PAUSE)
                 self._transport.wait(until)
             self._drain()
+
+    def _first(self) -> None:
+        """Begin as the only engine of the store."""
+        if not self._take_over:  # what was pushed to an app may still run there
+            return
+        now = self._clock.now()
+        try:
+            with self._store.begin() as tx:
+                taken = tx.take_over(now, now + self._lease)
+        except StoreError as error:
+            log.error("the leases that another engine left run out by themselves: %s", error)
+        else:
+            if taken:
+                log.warning("%d tasks ran when the last engine was killed; they run again", taken)
 
     def stop(self, grace: Micros) -> None:
         """Claim nothing more, and return from `run` within *grace*. From any thread or signal handler; again: sooner."""
@@ -158,9 +179,12 @@ class Engine:
             self._finish(now, self._answers.popleft())
 
     def _finish(self, now: Micros, result: Result) -> None:
+        claim = self._scheduler.claim_of(result)
         outcome = self._scheduler.finished(now, result)
-        if outcome is not None:
+        if outcome is not None and claim is not None:
             self._unsettled.append(outcome)
+            if self._observer is not None:
+                self._observer.ended(now, claim, result, outcome)
 
     def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
         """Do a turn's one transaction, tell the scheduler what came of it, and put what to send into the outbox."""
@@ -183,6 +207,10 @@ class Engine:
         for claim in self._scheduler.settled(now, outcomes, settled):
             self._give_up(claim)
         self._scheduler.looked(now, peeked, next_due)
+        if self._observer is not None and refused:
+            taken = {claim.id: claim for claim in claims}
+            for outcome in refused:
+                self._observer.ended(now, taken[outcome.id], None, outcome)
         self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
 
     def _settle(

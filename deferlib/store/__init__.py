@@ -79,6 +79,13 @@ class Tx(Protocol):
     def disown(self, node: str) -> None:
         """Give back every queue that *node* owns: it has nothing in flight."""
 
+    def take_over(self, now: Micros, until: Micros) -> int:
+        """End the leases of push tasks that end by *until*, and every ownership; return how many tasks are due by it.
+
+        For an engine that knows that there is no other: what was leased was lost with the engine that had it, and counts
+        as lost.
+        """
+
     def find(self, queue: str | None, names: Sequence[str]) -> list[TaskRow]:
         """Return the tasks, tombstones and dead letters of these names: the user's first, then the public ones."""
 
@@ -118,6 +125,12 @@ class Store(Protocol):
 
     def watch(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
         """Call *wake* from some thread when tasks may have come. A hint: may lie, may miss; the clock is the truth."""
+
+    def serving(self, first: Callable[[], None]) -> AbstractContextManager[None]:
+        """Show that an engine serves the store while the block lasts; before it, call *first* if no other one does."""
+
+    def served(self) -> bool:
+        """Tell whether an engine serves the store now."""
 
     def close(self) -> None:
         """Close every connection; a later use opens them again."""

@@ -24,6 +24,7 @@ from deferlib import errors
 from deferlib.store import queries
 from deferlib.store.datagram import Hints
 from deferlib.store.fairlock import FairLock
+from deferlib.store.presence import Presence
 from deferlib.store.sqlite_file import SCHEMA, check_file, create, translated, translation
 from deferlib.store.sqlite_tx import SqliteTx
 from deferlib.store.watch import Watch
@@ -58,6 +59,8 @@ class SqliteStore:
         self._poller = _Seat(0)
         self._watches: list[Watch] = []
         self._hints = None if self._memory else Hints(self.path)
+        self._presence = None if self._memory else Presence(self.path)
+        self._engines = 0  # that serve a store in memory
         _stores.add(self)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
@@ -133,6 +136,23 @@ class SqliteStore:
             self._unwatch(watch)
             if ours and self._hints is not None and receiver is not None:
                 self._hints.unbind(receiver)
+
+    @contextlib.contextmanager
+    def serving(self, first: Callable[[], None]) -> Iterator[None]:
+        if self._presence is not None:
+            with self._presence.serving(first):
+                yield
+            return
+        if not self._engines:
+            first()
+        self._engines += 1
+        try:
+            yield
+        finally:
+            self._engines -= 1
+
+    def served(self) -> bool:
+        return bool(self._engines) if self._presence is None else self._presence.served()
 
     def close(self) -> None:
         """Close every connection; a later use opens them again, and makes the file if it is gone."""
@@ -306,6 +326,8 @@ class SqliteStore:
                 for seat in (self._writer, self._reader, self._poller):
                     seat.abandon()
             self._hints = Hints(self.path)
+        if self._presence is not None:
+            self._presence.abandon()
         for seat in (self._writer, self._reader, self._poller):
             seat.lock = FairLock()
         for watch in self._watches:

@@ -117,6 +117,50 @@ def test_disowned_queue_is_free_at_once(store: Store) -> None:
     assert set(store.run(lambda tx: tx.own(NOW, "c", DAY, ["default", "other"]))) == {"default"}
 
 
+# --- engines that come and go ----------------------------------------------------------------------------------------
+
+
+def test_takeover_makes_what_a_dead_engine_ran_due_and_counts_it_as_lost(store: Store) -> None:
+    add(store, task(1), task(2), task(3, eta=NOW + MINUTE))
+    add(store, task(4, queue="pull", mode="pull"))
+    claim(store, spec(limit=1), spec("pull", 1))
+    store.run(lambda tx: tx.own(NOW, "gone", DAY, ["default"]))
+
+    taken = store.run(lambda tx: tx.take_over(NOW + 1, NOW + 1 + LEASE))
+
+    assert taken == 1, "only the push task that was leased"
+    assert rows(store)["default"].owner == ""
+    again = claim(store, spec(limit=9), now=NOW + 1)
+    assert sorted((each.id, each.attempts, each.lost) for each in again) == [(1, 2, 1), (2, 1, 0)]
+    assert claim(store, spec("pull", 9), now=NOW + 1) == [], "a worker's lease is the worker's"
+    assert live(store)[-1].eta == NOW + MINUTE, "what is scheduled stays so"
+
+
+def test_settle_of_an_engine_whose_lease_was_taken_over_still_counts_until_the_next_claim(store: Store) -> None:
+    add(store, task(1))
+    (first,) = claim(store, spec(limit=1))
+    store.run(lambda tx: tx.take_over(NOW + 1, NOW + 1 + LEASE))
+
+    (second,) = claim(store, spec(limit=1), now=NOW + 2)
+
+    assert settle(store, outcome(first, Action.DONE)) == [False]
+    assert settle(store, outcome(second, Action.DONE)) == [True]
+
+
+def test_first_engine_is_told_so_and_is_seen_serving_while_it_does(store: Store) -> None:
+    told: list[str] = []
+    assert not store.served()
+
+    with store.serving(lambda: told.append("first")):
+        assert store.served()
+        with store.serving(lambda: told.append("second")):
+            assert store.served()
+        assert store.served()
+
+    assert not store.served()
+    assert told == ["first"]
+
+
 # --- looking --------------------------------------------------------------------------------------------------------
 
 

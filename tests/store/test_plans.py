@@ -30,6 +30,8 @@ SORTS = {
 WALKS = {
     "queues": {"queues"},
     "disown": {"queues"},
+    "disown_all": {"queues"},
+    "end_leases": {"queues"},
     "queues_by_name": {"queues"},
     "sweep_minutes": {"queues"},
 }

@@ -52,6 +52,44 @@ def check(path: Path, expected: int) -> None:
     connection.close()
 
 
+# --- engines --------------------------------------------------------------------------------------------------------
+
+
+def test_killed_engine_no_longer_serves_even_while_a_child_it_forked_lives(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    code = """
+with store.serving(lambda: None):
+    pid = os.fork()
+    if not pid:
+        say("forked")
+        hear()
+        say("alive")
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+    with child(FAMILY + code, tmp_path / "tasks.db") as engine:
+        assert engine.hear() == "forked"
+        assert store.served()
+
+        engine.kill()
+
+        assert not store.served()
+        engine.tell()
+        assert engine.hear() == "alive", "the forked child outlived it"
+    store.close()
+
+
+def test_engine_is_seen_by_another_process(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    ask = FAMILY + "say(store.served())"
+
+    with store.serving(lambda: None):
+        assert run(ask, tmp_path / "tasks.db") == ["True"]
+
+    assert run(ask, tmp_path / "tasks.db") == ["False"]
+    store.close()
+
+
 # --- fork -----------------------------------------------------------------------------------------------------------
 
 

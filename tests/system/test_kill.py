@@ -215,3 +215,16 @@ def test_killed_client_leaves_every_acknowledged_call(site: Site) -> None:
 
     assert acknowledged <= set(site.finished())
     assert set(site.finished().values()) == {1}
+
+
+def test_restarted_engine_runs_at_once_what_died_with_the_killed_one(site: Site) -> None:
+    long_lease = {"DEFERLIB_LEASE": "600"}
+    defer_many(1, 0.5)
+    with site.engine("--app", "systemapp:application", **long_lease) as engine:
+        wait_until(lambda: site.runs(), "the call runs")
+        kill(engine)
+
+    with site.engine("--app", "systemapp:application", **long_lease):
+        wait_until(lambda: not site.waiting(), "the call ran again long before its lease ended", timeout=20)
+
+    assert site.runs() == {"0": 2}

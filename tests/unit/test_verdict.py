@@ -53,6 +53,14 @@ def test_success_ends_the_task_and_a_named_one_leaves_its_tombstone() -> None:
     assert (named.action, named.named, named.at) == (Action.DONE, True, NOW + DAY)
 
 
+def test_call_cut_off_by_a_replaced_target_runs_again_at_once_and_uncharged() -> None:
+    tried = claim(attempts=9)
+
+    outcome = judged(tried, result(tried, Kind.INTERRUPTED, 0))
+
+    assert (outcome.action, outcome.at, outcome.charged, outcome.executed) == (Action.RETRY, NOW + SECOND // 100, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "outcome", "charged", "executed"),
     [

@@ -33,6 +33,9 @@ returning tat, owned_until
 -- name: disown
 update queues set owner = '', owned_until = 0 where owner = :node
 
+-- name: disown_all
+update queues set owner = '', owned_until = 0 where owner <> ''
+
 -- name: spend
 update queues set tat = max(tat, :now) + :spent where name = :queue
 

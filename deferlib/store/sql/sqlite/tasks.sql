@@ -78,6 +78,19 @@ returning
     id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
     method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
 
+-- name: end_leases
+-- Still due > eta: the claim that takes it counts the attempt as lost. By way of the queues, because dues are indexed
+-- within theirs.
+update tasks
+set due = max(:now, eta + 1)
+where id in (
+    select id
+    from queues
+    cross join tasks on tasks.queue = queues.name and due > :now and due <= :until
+    where mode = 'push' and due > eta
+)
+returning id
+
 -- name: done
 -- Everywhere below: due > eta holds only while leased, so that a settle repeated after an unknown commit changes nothing.
 delete from tasks
