@@ -349,13 +349,21 @@ class Attempt:
                 log.error("%s can't be run (queue %s, task %s, attempt %d): %s", *who, text)
                 return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, _payload_outcome(error), text)
             case PermanentTaskFailure():
-                log.error("%s failed for good (queue %s, task %s, attempt %d)", *who, exc_info=error)
+                log.error("%s failed for good (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error))
                 return Answer(HTTPStatus.OK, "permanent", text)
             case SingularTaskFailure():
                 log.debug("%s asks to be run again (queue %s, task %s, attempt %d)", *who)
                 return Answer(HTTPStatus.REQUEST_TIMEOUT, "retry", text)
-        log.error("%s failed (queue %s, task %s, attempt %d)", *who, exc_info=error)
+        log.error("%s failed (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error))
         return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "retry", text)
+
+
+def _of_the_call(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    """Return *error* for a log, its traceback from where the call's own code begins; whole if none of it is the call's."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("deferlib."):
+        traceback = traceback.tb_next
+    return type(error), error, traceback or error.__traceback__
 
 
 def _payload_outcome(error: PayloadError) -> str:

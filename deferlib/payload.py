@@ -269,6 +269,15 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
     return fn, args, kwargs
 
 
+def arguments_of(envelope: Envelope) -> bytes:
+    """Return the pickle of (args, kwargs) of a *verified* envelope; `PayloadUndecodableError` if there is none."""
+    try:
+        (length,) = _LENGTH.unpack_from(envelope.body)
+    except struct.error:
+        raise PayloadUndecodableError(f"{envelope.label} holds no call") from None
+    return envelope.body[4 + length :]
+
+
 def describe(data: bytes) -> str:
     """Return what *data* calls, without running, unpickling or trusting any of it; '' if it isn't an envelope."""
     with contextlib.suppress(PayloadUnverifiedError, PayloadNewerError):

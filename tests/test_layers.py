@@ -16,7 +16,7 @@ LAYERS = [
     {"clock"},
     {"context", "keys", "namespaces", "ids", "queue_yaml"},
     {"payload", "token", "store"},
-    {"config"},
+    {"config", "call_text"},
     {"taskqueue"},
     {"inbound"},
     {"deferred"},

@@ -92,7 +92,7 @@ def _is_text(argument: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from deferlib import __version__
-    from deferlib.cli import engine, queues, settings, tasks
+    from deferlib.cli import dev, engine, queues, settings, tasks
 
     parser = _Parser(
         prog="deferlib",
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deferlib {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    dev.add_to(commands)
     engine.add_to(commands)
     tasks.add_to(commands)
     queues.add_to(commands)

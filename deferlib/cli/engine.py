@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from deferlib import config
 from deferlib.cli.load import Stopped, load_app
+from deferlib.cli.logs import log_to_stderr
 from deferlib.cli.settings import FLAGS, add_flags, given, settings_of
 from deferlib.cli.show import safe
 from deferlib.core.model import SECOND, Micros
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     app = None if arguments.app is None else load_app(arguments.app)
     runtime = _in_use(runtime, arguments)
     signals.install()  # again: the app may have put its own in their place
-    _log_to_stderr(arguments.log_level)
+    log_to_stderr(arguments.log_level)
     with ExitStack() as stack:
         stack.callback(runtime.close)
         engine = _build(runtime, None if app is None else _served(app, stack))
@@ -105,27 +106,6 @@ def _in_use(runtime: config.Runtime, arguments: argparse.Namespace) -> config.Ru
     if current is not runtime:
         current.prefer(runtime.settings, given(arguments).keys())
     return current
-
-
-def _log_to_stderr(level: str) -> None:
-    """Show our log, and the app's unless it has set up its own."""
-    logging.getLogger("deferlib").setLevel(level.upper())
-    root = logging.getLogger()
-    if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root.addHandler(handler)
-        root.setLevel(level.upper())
-
-
-class _Formatter(logging.Formatter):
-    """Keeps a record's message on its line: a part of it may come from a task or an answer, so from anybody."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return safe(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        return "\n".join(safe(line) for line in super().formatException(ei).split("\n"))
 
 
 def _build(runtime: config.Runtime, app: Any) -> Engine:

@@ -24,10 +24,7 @@ def load_app(spec: str) -> Any:
 
     `AppError` says what is missing; if the module itself fails, with its error and the place in the user's code.
     """
-    form = _FORM.match(spec)
-    if form is None:
-        hint = f", like --app {re.sub(r'[/.]+', '.', spec.removesuffix('.py')).strip('.')}:app" if "/" in spec else ""
-        raise AppError(f"--app {spec!r}: MODULE:APP is needed{hint or ', like --app main:app'}")
+    form = check_spec(spec)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     found: Any = _import(form["module"])
@@ -35,19 +32,33 @@ def load_app(spec: str) -> Any:
         if not hasattr(found, name):
             close = difflib.get_close_matches(name, dir(found), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise AppError(f"--app {spec}: {form['module']} has no {name!r}{hint}")
+            raise AppError(f"{spec}: {form['module']} has no {name!r}{hint}")
         found = getattr(found, name)
     if not callable(found):
-        raise AppError(f"--app {spec}: is {_a(found)}, not a WSGI or ASGI app")
+        raise AppError(f"{spec}: is {_a(found)}, not a WSGI or ASGI app")
     if not form["call"]:
         return found
     try:
         made = found()
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise _failed(f"{form['path']}() failed", error) from error
+        raise _broken(f"{form['path']}() failed", error) from error
     if not callable(made):
-        raise AppError(f"--app {spec}: returned {_a(made)}, not a WSGI or ASGI app")
+        raise AppError(f"{spec}: returned {_a(made)}, not a WSGI or ASGI app")
     return made
+
+
+def check_spec(spec: str) -> re.Match[str]:
+    """Return *spec* taken apart; `AppError` if it isn't of the form MODULE:APP."""
+    form = _FORM.match(spec)
+    if form is None:
+        module = re.sub(r"[/.]+", ".", spec.partition(":")[0].removesuffix(".py")).strip(".")
+        like = f"{module}:app" if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", module) else "main:app"
+        raise AppError(f"{spec!r} is not MODULE:APP, like {like}")
+    return form
+
+
+class AppBroken(AppError):
+    """The app's own code failed while it was imported."""
 
 
 class Stopped(SystemExit):
@@ -66,15 +77,15 @@ def _import(name: str) -> ModuleType:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise AppError(
                 f"there is no module {error.name!r} in {os.getcwd()}, on PYTHONPATH or among what is installed; "
-                "--app needs MODULE:APP"
+                "an app is named by MODULE:APP"
             ) from None
-        raise _failed(f"{name} can't be imported", error) from error
+        raise _broken(f"{name} can't be imported", error) from error
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise _failed(f"{name} can't be imported", error) from error
+        raise _broken(f"{name} can't be imported", error) from error
 
 
-def _failed(what: str, error: BaseException) -> AppError:
-    return AppError(f"{what}: {type(error).__name__}: {error} ({_place(error)})")
+def _broken(what: str, error: BaseException) -> AppBroken:
+    return AppBroken(f"{what}: {type(error).__name__}: {error} ({_place(error)})")
 
 
 def _place(error: BaseException) -> str:

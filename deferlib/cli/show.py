@@ -53,7 +53,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, keep_en
     widths = _fitted(natural, [len(title) for title in titles], room)
     for row in cells:
         shown = [
-            _padded(_cut(cell, width, title in keep_end), width)
+            padded(cut(cell, width, title in keep_end), width)
             for cell, width, title in zip(row, widths, titles, strict=True)
         ]
         print(_GAP.join(shown).rstrip())
@@ -83,7 +83,8 @@ def _cells(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _cut(text: str, width: int, keep_end: bool) -> str:
+def cut(text: str, width: int, keep_end: bool = False) -> str:
+    """Return *text* in at most *width* cells of a terminal; it loses its end, or with *keep_end* its beginning."""
     if _width(text) <= width:
         return text
     kept, used = [], 1  # the ellipsis
@@ -95,7 +96,8 @@ def _cut(text: str, width: int, keep_end: bool) -> str:
     return "…" + "".join(reversed(kept)) if keep_end else "".join(kept) + "…"
 
 
-def _padded(text: str, width: int) -> str:
+def padded(text: str, width: int) -> str:
+    """Return *text* with spaces up to *width* cells of a terminal."""
     return text + " " * (width - _width(text))
 
 

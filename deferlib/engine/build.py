@@ -34,8 +34,8 @@ def build(
 
     A WSGI app is called as it is; an ASGI app gets the deferred handler, a loop, and its lifespan until the process exits.
 
-    Applies the configured queues to the store. *observer*, *take_over* and *step* are the engine's (by default an engine that
-    calls the app itself takes over); *around* may put another transport in front of the one that is made.
+    Applies the configured queues to the store. *observer*, *take_over* and *step* are the engine's (by default an engine
+    that calls the app itself takes over); *around* may put another transport in front of the one that is made.
     """
     configs = runtime.queues()
     runtime.store.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))

@@ -110,7 +110,7 @@ class Engine:
             log.error("the leases that another engine left run out by themselves: %s", error)
         else:
             if taken:
-                log.warning("%d tasks ran when the last engine was killed; they run again", taken)
+                log.warning("the last engine was killed with %d tasks running; they run again now", taken)
 
     def stop(self, grace: Micros) -> None:
         """Claim nothing more, and return from `run` within *grace*. From any thread or signal handler; again: sooner."""
@@ -146,6 +146,11 @@ class Engine:
             return
         with self._store.begin() as tx:
             tx.disown(self._node)
+
+    @property
+    def in_flight(self) -> int:
+        """How many deliveries are on their way. From any thread."""
+        return self._scheduler.in_flight
 
     @property
     def idle(self) -> bool:

@@ -32,7 +32,7 @@ def describe(now: Micros, claim: Claim, result: Result | None, outcome: Outcome)
             attempt = f" (attempt {claim.attempts})" if claim.attempts > 1 else ""
             return Ending(logging.DEBUG, f"ran{took}{attempt}")
         case Action.DEAD:
-            return Ending(logging.ERROR, f"is given up, a dead letter now: {outcome.reason}")
+            return Ending(logging.ERROR, f"is a dead letter now: {outcome.reason}")
         case Action.RELEASE:
             return Ending(logging.INFO, f"is given back: {outcome.reason}")
         case Action.RETRY if result is not None:
@@ -53,11 +53,9 @@ def _again(now: Micros, result: Result, outcome: Outcome) -> Ending:
 
 
 def length(micros: Micros) -> str:
-    """Return a span of time with two or three digits: "340 µs", "12 ms", "1.25 s", "3 m 20 s", "2 h 5 m"."""
-    if micros < 1000:
-        return f"{micros} µs"
-    if micros < SECOND:
-        return f"{micros / 1000:.3g} ms"
+    """Return a span of time with two or three digits: "0.34 ms", "12 ms", "1.25 s", "3 m 20 s", "2 h 5 m"."""
+    if micros < SECOND // 10:
+        return f"{micros / 1000:.2g} ms"
     if micros < 60 * SECOND:
         return f"{micros / SECOND:.3g} s"
     minutes, seconds = divmod(micros // SECOND, 60)

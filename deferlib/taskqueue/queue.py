@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from deferlib import config
@@ -23,6 +24,8 @@ from deferlib.errors import (
 from deferlib.store import Tx
 from deferlib.taskqueue import limits
 from deferlib.taskqueue.task import Task
+
+log = logging.getLogger("deferlib.client")
 
 _PURGE_SLICE = 500
 _ADD_TRIES = 16  # ids collide once in millions of pairs; sixteen in a row is a broken random source
@@ -54,6 +57,9 @@ class Queue:
             return []
         self._check(tasks)
         self._report(tasks, self._store(tasks))
+        if log.isEnabledFor(logging.DEBUG):
+            for each in tasks:
+                log.debug("task %s added to queue %s", each.name or each._id, self._name, extra={"task_id": each._id})
         return task if isinstance(task, Task) else tasks
 
     def purge(self) -> None:

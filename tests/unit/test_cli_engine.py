@@ -21,8 +21,9 @@ import pytest
 import deferlib
 from deferlib import config, taskqueue
 from deferlib.cli import main
-from deferlib.cli.engine import Signals, _Formatter
+from deferlib.cli.engine import Signals
 from deferlib.cli.load import Stopped, load_app
+from deferlib.cli.logs import _Formatter
 from deferlib.core.model import QueueConfig, QueueSource, TaskRow
 from deferlib.errors import AppError
 
@@ -604,16 +605,16 @@ def test_app_is_found(module: Callable[[str], Path], spec: str, expected: str) -
 @pytest.mark.parametrize(
     ("spec", "text", "message"),
     [
-        ("loaded", "", r"--app 'loaded': MODULE:APP is needed, like --app main:app"),
-        ("loaded.py", "", r"MODULE:APP is needed"),
-        ("./src/loaded.py", "", r"MODULE:APP is needed, like --app src.loaded:app"),
-        ("loaded:", "", r"MODULE:APP is needed"),
-        (":app", "", r"MODULE:APP is needed"),
-        ("loaded:a b", "", r"MODULE:APP is needed"),
-        ("loaded:make(1)", "", r"MODULE:APP is needed"),
+        ("loaded", "", r"'loaded' is not MODULE:APP, like loaded:app"),
+        ("loaded.py", "", r"is not MODULE:APP, like (loaded|main):app"),
+        ("./src/loaded.py", "", r"is not MODULE:APP, like src.loaded:app"),
+        ("loaded:", "", r"is not MODULE:APP, like (loaded|main):app"),
+        (":app", "", r"is not MODULE:APP, like (loaded|main):app"),
+        ("loaded:a b", "", r"is not MODULE:APP, like (loaded|main):app"),
+        ("loaded:make(1)", "", r"is not MODULE:APP, like (loaded|main):app"),
         ("nowhere.inner:app", "", r"there is no module 'nowhere' in /"),
         ("loaded.inner:app", "", r"there is no module 'loaded.inner'|loaded.inner can't be imported"),
-        ("loaded:ap", "app = print", r"--app loaded:ap: loaded has no 'ap'; did you mean 'app'\?"),
+        ("loaded:ap", "app = print", r"loaded:ap: loaded has no 'ap'; did you mean 'app'\?"),
         ("loaded:app", "app = 5", r"is an int, not a WSGI or ASGI app"),
         ("loaded:app", "app = None", r"is a NoneType, not a WSGI or ASGI app"),
         ("loaded:make()", "def make(): return 5", r"returned an int, not a WSGI or ASGI app"),

@@ -1,0 +1,287 @@
+"""The child of `deferlib dev`: serves the app on the parent's socket, until a file changes.
+
+It says through a pipe how it is doing, one JSON document a line: `ready` with the settings that the app uses, `failed`,
+`added` for each task, `reloading`. Through another pipe it learns that its parent has died, and then dies too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from deferlib import config
+from deferlib.cli.load import AppBroken, load_app
+from deferlib.cli.logs import log_to_stderr
+from deferlib.cli.narrate import Paper
+from deferlib.errors import ConfigError, Error
+
+_LOOK_SECONDS = 0.5  # between two looks at the files
+_ACK_SECONDS = 2.0
+RELOAD = 3  # the exit code of werkzeug's reloader
+
+
+class Plan:
+    """What the parent asks for."""
+
+    def __init__(self, text: str) -> None:
+        raw: dict[str, Any] = json.loads(text)
+        self.app: str = raw["app"]
+        self.given: dict[str, str] = raw["given"]
+        self.flags: dict[str, str] = raw["flags"]
+        self.socket: int = raw["socket"]
+        self.reports: int = raw["reports"]
+        self.parent: int = raw["parent"]
+
+
+class Reports:
+    """The way to the parent."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._descriptor = plan.reports
+        self._lock = threading.Lock()
+        self._heard = threading.Event()
+        threading.Thread(target=self._listen, args=(plan.parent,), daemon=True).start()
+
+    def send(self, **document: object) -> None:
+        try:
+            with self._lock:
+                os.write(self._descriptor, (json.dumps(document) + "\n").encode())
+        except OSError:  # the parent has died, and so do we
+            os._exit(0)
+
+    def reloading(self) -> None:
+        """Announce the end, and wait until the parent knows: only then may connections break."""
+        self._heard.clear()
+        self.send(reloading=True)
+        self._heard.wait(_ACK_SECONDS)
+
+    def _listen(self, descriptor: int) -> None:
+        while os.read(descriptor, 1):
+            self._heard.set()
+        os._exit(0)
+
+
+class _Additions(logging.Handler):
+    """Tells the parent of each task that is added here."""
+
+    def __init__(self, reports: Reports) -> None:
+        super().__init__(logging.DEBUG)
+        self._reports = reports
+
+    def emit(self, record: logging.LogRecord) -> None:
+        id = getattr(record, "task_id", None)
+        if id is not None:
+            self._reports.send(added=id)
+
+
+def main(argument: str) -> None:
+    """Serve until a file changes (exit code 3), SIGTERM, or the parent's death."""
+    plan = Plan(argument)
+    for descriptor in (plan.socket, plan.reports, plan.parent):
+        os.set_inheritable(descriptor, False)
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    os.environ["WERKZEUG_RUN_MAIN"] = "true"
+    reports = Reports(plan)
+    _quiet_werkzeug()
+    from werkzeug._reloader import ensure_echo_on, reloader_loops
+
+    ensure_echo_on()
+    # Not run_with_reloader: here the reloader looks at the files before the app is imported, so that no save is missed, and
+    # the app is imported in the main thread, where it may set signal handlers.
+    with reloader_loops["auto"](interval=_LOOK_SECONDS) as reloader:
+        serve, stop = _prepared(plan, reports)
+        threading.Thread(target=serve, name="deferlib-app", daemon=True).start()
+        try:
+            reloader.run()
+        except SystemExit as end:
+            if end.code == RELOAD:
+                reports.reloading()
+            stop()
+            raise
+
+
+def _prepared(plan: Plan, reports: Reports) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Import the app; return what serves it and what ends that. An app that fails is served as a page that says so."""
+    try:
+        app = _loaded(plan)
+        settings = _in_use()
+    except Error as error:
+        cause = error.__cause__
+        trace = _trace(cause) if isinstance(error, AppBroken) and cause is not None else ""
+        reports.send(failed=str(error), trace=trace, fatal=not isinstance(error, AppBroken))
+        return _wsgi(plan, _apology(trace or str(error)), lambda: None)
+    log_to_stderr("info")
+    client = logging.getLogger("deferlib.client")
+    client.addHandler(_Additions(reports))
+    client.setLevel(logging.DEBUG)
+    client.propagate = False
+
+    def ready() -> None:
+        reports.send(ready=settings)
+
+    from deferlib.contrib.asgi import is_asgi
+
+    if is_asgi(app):
+        return _asgi(plan, app, ready, reports)
+    from deferlib.server.wsgi import wrap_wsgi_app
+
+    return _wsgi(plan, wrap_wsgi_app(app), ready)
+
+
+def _loaded(plan: Plan) -> Any:
+    runtime = config.Runtime(settings=config.load_settings(plan.given, flags=plan.flags))
+    config.install(runtime)  # before the app is imported, so that it finds the store that the flags name
+    app = load_app(plan.app)
+    current = config.runtime()
+    if current is not runtime:
+        current.prefer(runtime.settings, plan.given.keys())
+    return app
+
+
+def _in_use() -> dict[str, Any]:
+    """Return the settings that the app works with, for the engine to work with the same."""
+    runtime = config.runtime()
+    path = getattr(runtime.given_store, "path", None)
+    if runtime.given_store is None:
+        path = config.sqlite_path(runtime.settings["store"], runtime.settings.root)
+    if path is None or path == ":memory:":
+        raise ConfigError(
+            "`deferlib dev` runs the engine in another process than the app, and a store in memory can't be shared; "
+            "use a file (sqlite:///PATH), or deferlib.running(app) in a script"
+        )
+    _ = runtime.store, runtime.ring  # now, where an error of theirs is told
+    settings = {name: setting.value for name, setting in runtime.settings.all.items() if setting.value is not None}
+    queues = None if runtime.given_queues is None else [queue.to_json() for queue in runtime.given_queues]
+    return {"settings": {**settings, "store": f"sqlite:///{path}"}, "queues": queues, "key_file": runtime.key_file()}
+
+
+# --- serving --------------------------------------------------------------------------------------------------------
+
+
+def _wsgi(plan: Plan, app: Any, ready: Callable[[], None]) -> tuple[Callable[[], None], Callable[[], None]]:
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    paper = Paper()
+
+    class Requests(WSGIRequestHandler):
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            if not self.headers.get("X-Deferlib-Signature"):  # the engine tells of its own
+                paper.line(f"{self.command} {self.path}", str(getattr(code, "value", code)))
+
+    with socket.socket(fileno=os.dup(plan.socket)) as bound:
+        host, port = bound.getsockname()[:2]
+    server = make_server(host, port, app, threaded=True, request_handler=Requests, fd=plan.socket)
+
+    def serve() -> None:
+        ready()
+        server.serve_forever()
+
+    return serve, lambda: None  # calls in threads are cut off by the exit
+
+
+def _asgi(
+    plan: Plan, app: Any, ready: Callable[[], None], reports: Reports
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    try:
+        import uvicorn
+    except ImportError:
+        reports.send(failed="an ASGI app is served by uvicorn: `pip install uvicorn`", trace="", fatal=True)
+        return _wsgi(plan, _apology("uvicorn is not installed"), lambda: None)
+    from deferlib.contrib.asgi import wrap_asgi_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.should_exit:
+                reports.send(failed="the app's startup failed; see above", trace="", fatal=False)
+            else:
+                ready()
+
+    settings = uvicorn.Config(wrap_asgi_app(app), log_level="info", log_config=None, timeout_graceful_shutdown=1)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    access = logging.getLogger("uvicorn.access")
+    access.propagate = False
+    access.addHandler(_Access(Paper()))
+    server = Server(settings)
+    ended = threading.Event()
+
+    def serve() -> None:
+        try:
+            server.run(sockets=[socket.socket(fileno=os.dup(plan.socket))])
+        finally:
+            ended.set()
+
+    def stop() -> None:
+        server.should_exit = True
+        ended.wait(3)
+
+    return serve, stop
+
+
+class _Access(logging.Handler):
+    """Shows uvicorn's requests as ours."""
+
+    def __init__(self, paper: Paper) -> None:
+        super().__init__()
+        self._paper = paper
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and len(record.args) == 5:
+            _client, method, path, _version, status = record.args
+            if not str(path).startswith("/_ah/queue/"):
+                self._paper.line(f"{method} {path}", str(status))
+
+
+def _apology(text: str) -> Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]:
+    """Return an app that shows what is wrong, instead of the one that can't be served."""
+    body = f"The app can't be served; it is tried again when a file changes.\n\n{text}\n".encode("utf-8", "replace")
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+        start_response("500 Internal Server Error", headers)
+        return [body]
+
+    return app
+
+
+# --- reloading ------------------------------------------------------------------------------------------------------
+
+
+def _trace(error: BaseException) -> str:
+    """Return the traceback of *error* from where the user's code begins."""
+    hidden = ("importlib", "deferlib/cli/load.py", "<frozen ")
+    frames = traceback.TracebackException.from_exception(error)
+    kept = [frame for frame in frames.stack if not any(part in frame.filename for part in hidden)]
+    frames.stack = traceback.StackSummary.from_list(kept)
+    return "".join(frames.format()).rstrip()
+
+
+def _quiet_werkzeug() -> None:
+    """Show what the reloader says as a line of ours."""
+    paper = Paper()
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage().lstrip(" *")
+            if text.startswith("Detected change in"):
+                paper.line(os.path.relpath(text.split("'")[1]), "changed: reloading", 36)
+            else:
+                paper.line("server", text)
+
+    werkzeug = logging.getLogger("werkzeug")
+    werkzeug.addHandler(Lines())
+    werkzeug.propagate = False
+    werkzeug.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,60 @@
+"""What stands between the engine of `deferlib dev` and the app, which comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.engine.transport import Transport
+
+
+class Gate:
+    """A transport that delivers to *base* only while the app is there, and tells a reload from a failure.
+
+    Shut, it has no room: what is due waits in the store, uncharged. Calls that a reload cuts off are reported as
+    interrupted, so that they run again at once.
+    """
+
+    def __init__(self, transport: Transport, base: str) -> None:
+        self._transport = transport
+        self._base = base
+        self._open = False
+        self._reloading = False
+
+    def open(self) -> None:
+        """The app is there. From any thread."""
+        self._reloading = False
+        self._open = True
+        self._transport.wake()
+
+    def shut(self, *, reloading: bool) -> None:
+        """The app is going away, perhaps only to come back changed. From any thread, before its connections break."""
+        self._reloading = reloading
+        self._open = False
+
+    def room(self, base: str) -> int:
+        return self._transport.room(base) if self._open or base != self._base else 0
+
+    def send(self, delivery: Delivery) -> None:
+        self._transport.send(delivery)
+
+    def results(self) -> Sequence[Result]:
+        results = self._transport.results()
+        if not self._reloading:
+            return results
+        return [each._replace(kind=Kind.INTERRUPTED) if each.kind is Kind.UNKNOWN else each for each in results]
+
+    def cancel(self, id: int, claims: int) -> None:
+        self._transport.cancel(id, claims)
+
+    def withdraw(self) -> Sequence[Result]:
+        return self._transport.withdraw()
+
+    def wait(self, until: Micros) -> None:
+        self._transport.wait(until)
+
+    def wake(self) -> None:
+        self._transport.wake()
+
+    def close(self) -> None:
+        self._transport.close()

@@ -1,0 +1,30 @@
+"""The log of a command: on stderr, one line a record."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from deferlib.cli.show import safe
+
+
+def log_to_stderr(level: str) -> None:
+    """Show our log, and the app's unless it has set up its own."""
+    logging.getLogger("deferlib").setLevel(level.upper())
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(handler)
+        root.setLevel(level.upper())
+
+
+class _Formatter(logging.Formatter):
+    """Keeps a record's message on its line: a part of it may come from a task or an answer, so from anybody."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return safe(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(safe(line) for line in super().formatException(ei).split("\n"))

@@ -1,0 +1,411 @@
+"""`deferlib dev` as its users have it: real processes, real requests, files that are saved while it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.system.processes import TIMEOUT, free_port, kill, listens, wait_until
+
+APP = """
+import os, time
+import deferlib
+from flask import Flask
+
+app = Flask(__name__)
+app.wsgi_app = deferlib.wrap_wsgi_app(app.wsgi_app)
+GREETING = "Hello"
+
+def greet(name):
+    print(f"{GREETING}, {name}!")
+
+def slow(seconds):
+    print(f"attempt {deferlib.current_task().attempt} begins")
+    time.sleep(seconds)
+    print("slow is over")
+
+def fail():
+    raise ValueError("on purpose")
+
+def die():
+    if deferlib.current_task().attempt == 1:
+        os._exit(9)
+    print("risen")
+
+@app.get("/pid")
+def pid():
+    return str(os.getpid())
+
+@app.get("/do/<name>/<argument>")
+def do(name, argument):
+    deferlib.defer(globals()[name], argument)
+    return "Later."
+
+@app.get("/slow/<float:seconds>")
+def be_slow(seconds):
+    deferlib.defer(slow, seconds)
+    return "Later."
+
+@app.get("/fail/<int:limit>")
+def do_fail(limit):
+    deferlib.defer(fail, _retry_options=deferlib.taskqueue.TaskRetryOptions(task_retry_limit=limit))
+    return "Later."
+
+@app.get("/die")
+def do_die():
+    deferlib.defer(die)
+    return "Later."
+"""
+
+
+class Desk:
+    """A folder with an app in it, where somebody works with `deferlib dev`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.module = folder / "deskapp.py"
+        self.module.write_text(APP)
+        self.port = free_port()
+        self._out = folder / "out"
+        self._saves = 0
+
+    @contextmanager
+    def dev(self, *options: str, app: str = "deskapp:app", **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`deferlib dev`, killed at the end of the block if it still runs."""
+        command = [sys.executable, "-m", "deferlib.cli", "dev", app, "--port", str(self.port), *options]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("DEFERLIB_")}
+        with self._out.open("ab") as out:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env={**clean, **environ}, stdout=out, stderr=out, start_new_session=True
+            )
+            try:
+                yield process
+            finally:
+                kill(process)
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text() if self._out.exists() else ""
+
+    def sees(self, pattern: str, count: int = 1) -> None:
+        """Wait until *pattern* has been printed *count* times."""
+        try:
+            wait_until(lambda: len(re.findall(pattern, self.out)) >= count, pattern, timeout=30)
+        except AssertionError:
+            raise AssertionError(f"{pattern!r} was not printed {count} times:\n{self.out}") from None
+
+    def get(self, path: str) -> str:
+        return requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=30).text
+
+    def save(self, old: str, new: str) -> None:
+        """Save the module with *old* replaced, at a time of its own."""
+        self.module.write_text(self.module.read_text().replace(old, new))
+        self._saves += 1
+        stamp = time.time() + self._saves
+        os.utime(self.module, (stamp, stamp))
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_call_runs_and_is_told_and_so_is_where_everything_is(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues  default")
+        desk.get("/do/greet/Ada")
+        desk.sees(r"deskapp\.greet\('Ada'\) +queued")
+        desk.sees(r"deskapp\.greet\('Ada'\) +ran in [\d.]+ m?s")
+
+    assert f"http://127.0.0.1:{desk.port}" in desk.out
+    assert f"{desk.folder}/.deferlib/tasks.db\n" in desk.out
+    assert f"{desk.folder}/.deferlib/tasks.db.key" in desk.out
+    assert "Hello, Ada!" in desk.out
+    assert desk.out.index("queued") < desk.out.index("ran in")
+
+
+def test_failing_call_is_told_with_its_waits_and_its_end(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/fail/2")
+        desk.sees("is a dead letter now")
+
+    waits = re.findall(r"deskapp\.fail\(\) +failed: ValueError: on purpose; retry in (.*)", desk.out)
+    assert waits == ["0.1 s", "0.2 s"]
+    assert re.search(r"dead letter now: limits: 3 failures: ValueError: on purpose · deferlib tasks show \d+", desk.out)
+    assert re.search(r'Traceback.*\n  File ".*deskapp.py", line \d+, in fail', desk.out), "it begins in the user's code"
+
+
+def test_saved_file_is_reloaded_and_the_engine_survives(desk: Desk) -> None:
+    with desk.dev() as process:
+        desk.sees("queues")
+        before = desk.get("/pid")
+
+        desk.save('"Hello"', '"Good day"')
+        desk.sees("reloaded in")
+        after = desk.get("/pid")
+        desk.get("/do/greet/Ada")
+        desk.sees("Good day, Ada!")
+
+        assert before != after
+        assert process.poll() is None
+
+
+def test_call_cut_off_by_a_reload_runs_again_at_once(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/slow/60.0")
+        desk.sees("attempt 1 begins")
+
+        desk.save("time.sleep(seconds)", "pass")
+        desk.sees("slow is over")
+
+    assert re.search(r"deskapp\.slow\(60\.0\) +was cut off by the reload: runs again at once", desk.out)
+    assert "attempt 2 begins" in desk.out
+    assert re.search(r"deskapp\.slow\(60\.0\) +ran in .* \(attempt 2\)", desk.out)
+
+
+def test_request_during_a_reload_waits_instead_of_being_refused(desk: Desk) -> None:
+    desk.save("GREETING =", "time.sleep(1)\nGREETING =")
+    with desk.dev():
+        desk.sees("queues")
+        desk.save("time.sleep(1)", "time.sleep(1.01)")
+        desk.sees("changed: reloading")
+
+        assert desk.get("/pid").isdigit()
+
+
+def test_syntax_error_is_shown_and_the_next_save_recovers(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues")
+        desk.save('GREETING = "Hello"', 'GREETING = = "Hello"')
+        desk.sees(r"can't be imported; save a file to try again")
+        page = desk.get("/do/greet/Ada")
+        desk.save('GREETING = = "Hello"', 'GREETING = "Back"')
+        desk.sees("reloaded in")
+        desk.get("/do/greet/Ada")
+        desk.sees("Back, Ada!")
+
+    assert "SyntaxError" in page
+    assert re.search(r'deskapp.py", line 8\n.*GREETING = = "Hello"', desk.out)
+
+
+def test_syntax_error_at_the_very_start_is_shown_and_the_next_save_recovers(desk: Desk) -> None:
+    desk.save('GREETING = "Hello"', "GREETING = = ")
+    with desk.dev():
+        desk.sees("SyntaxError")
+        desk.save("GREETING = = ", 'GREETING = "Mended"')
+        desk.sees("queues")
+        desk.get("/do/greet/Ada")
+        desk.sees("Mended, Ada!")
+
+
+def test_tasks_wait_uncharged_while_the_app_is_broken(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/slow/60.0")
+        desk.sees("attempt 1 begins")
+        desk.save("time.sleep(seconds)", "= pass")
+        desk.sees(r"can't be imported; save a file to try again")
+        desk.save("= pass", "pass")
+        desk.sees("slow is over")
+
+    assert "attempt 2 begins" in desk.out, "the broken app was never asked"
+
+
+def test_call_that_kills_the_app_is_retried_in_a_new_one(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/die")
+        desk.sees("risen")
+
+    assert "ended with exit code 9: it is started again" in desk.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_lets_calls_finish_and_leaves_nothing_behind(desk: Desk, number: int) -> None:
+    with desk.dev() as process:
+        desk.sees("queues")
+        child = int(desk.get("/pid"))
+        desk.get("/slow/0.5")
+        desk.sees("attempt 1 begins")
+
+        process.send_signal(number)
+
+        assert process.wait(TIMEOUT) == 0
+        wait_until(lambda: not alive(child), "the app's process has ended")
+        assert not listens(desk.port)
+    assert "slow is over" in desk.out
+    assert "1 running call:" in desk.out
+    assert "Traceback" not in desk.out
+
+
+def test_ctrl_c_in_a_terminal_reaches_both_processes_and_still_ends_cleanly(desk: Desk) -> None:
+    with desk.dev() as process:
+        desk.sees("queues")
+        desk.get("/slow/0.5")
+        desk.sees("attempt 1 begins")
+
+        os.killpg(process.pid, signal.SIGINT)
+
+        assert process.wait(TIMEOUT) == 0
+    assert "slow is over" in desk.out
+    assert "Traceback" not in desk.out
+
+
+def test_second_signal_ends_at_once(desk: Desk) -> None:
+    with desk.dev("--grace", "60") as process:
+        desk.sees("queues")
+        child = int(desk.get("/pid"))
+        desk.get("/slow/60.0")
+        desk.sees("attempt 1 begins")
+        process.send_signal(signal.SIGINT)
+        desk.sees("stopping")
+
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(10) == 128 + signal.SIGINT
+        wait_until(lambda: not alive(child), "the app's process has ended")
+
+
+def test_killed_and_started_again_it_runs_at_once_what_was_cut_off(desk: Desk) -> None:
+    with desk.dev("--lease", "600") as process:
+        desk.sees("queues")
+        child = int(desk.get("/pid"))
+        desk.get("/slow/60.0")
+        desk.sees("attempt 1 begins")
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: not alive(child), "the app dies with its parent")
+        wait_until(lambda: not listens(desk.port), "the port is free again")
+    desk.save("time.sleep(seconds)", "pass")
+
+    with desk.dev("--lease", "600"):
+        desk.sees("slow is over")
+
+    assert "1 task from before in the store" in desk.out
+    assert "attempt 2 begins" in desk.out
+
+
+def test_settings_of_the_code_are_the_engines_too(desk: Desk) -> None:
+    desk.save("GREETING =", 'deferlib.configure(store="sqlite:///other.db", key="a-key-of-sixteen-bytes")\nGREETING =')
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/do/greet/Ada")
+        desk.sees("Hello, Ada!")
+        desk.save("other.db", "third.db")
+        desk.sees("a new engine starts")
+        desk.sees("queues", 2)
+        desk.get("/do/greet/Bob")
+        desk.sees("Hello, Bob!")
+
+    assert (desk.folder / "other.db").exists()
+    assert (desk.folder / "third.db").exists()
+    assert not (desk.folder / ".deferlib").exists()
+
+
+def test_plain_app_gets_the_handler(desk: Desk) -> None:
+    desk.save("app.wsgi_app =", "unused =")
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/do/greet/Ada")
+        desk.sees("Hello, Ada!")
+
+
+def test_asgi_app_is_served_and_reloaded_with_its_lifespan(desk: Desk) -> None:
+    desk.module.write_text("""
+import contextlib
+import deferlib
+from fastapi import FastAPI
+
+@contextlib.asynccontextmanager
+async def lifespan(app):
+    print("it begins")
+    yield
+    print("it is over")
+
+app = FastAPI(lifespan=lifespan)
+GREETING = "Hello"
+
+async def greet(name):
+    print(f"{GREETING}, {name}!")
+
+@app.get("/do/{name}")
+async def do(name: str):
+    await deferlib.adefer(greet, name)
+    return "Later."
+""")
+    with desk.dev() as process:
+        desk.sees("queues")
+        desk.get("/do/Ada")
+        desk.sees("Hello, Ada!")
+        desk.sees(r"deskapp\.greet\('Ada'\) +ran in")
+        desk.save('"Hello"', '"Good day"')
+        desk.sees("reloaded in")
+        desk.get("/do/Bob")
+        desk.sees("Good day, Bob!")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) == 0
+
+    assert desk.out.count("it begins") == 2
+    assert desk.out.count("it is over") == 2
+    assert re.search(r"GET /do/Ada +200", desk.out)
+
+
+# --- what can't start -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("app", "options", "message"),
+    [
+        ("nowhere:app", (), "there is no module 'nowhere'"),
+        ("deskapp:ap", (), "deskapp has no 'ap'; did you mean 'app'?"),
+        ("deskapp:GREETING", (), "is a str, not a WSGI or ASGI app"),
+        ("deskapp.py", (), "'deskapp.py' is not MODULE:APP, like deskapp:app"),
+        ("deskapp:app", ("--store", "sqlite:///:memory:"), "a store in memory can't be shared"),
+        ("deskapp:app", ("--store", "sqlite:///deskapp.py"), "deskapp.py"),
+        ("deskapp:app", ("--lease", "soon"), "'soon' is not seconds"),
+        ("deskapp:app", ("--port", "65536"), "is not a port"),
+        ("deskapp:app", ("--host", "nowhere.invalid"), "is no address of this machine"),
+    ],
+)
+def test_what_cannot_start_is_said_in_one_line(desk: Desk, app: str, options: tuple[str, ...], message: str) -> None:
+    with desk.dev(*options, app=app) as process:
+        assert process.wait(TIMEOUT) == 2
+
+    assert desk.out.startswith("deferlib: error: ")
+    assert message in desk.out
+    assert len(desk.out.splitlines()) == 1
+    assert not (desk.folder / ".deferlib").exists()
+
+
+def test_port_in_use_is_said_in_one_line(desk: Desk) -> None:
+    with socket.create_server(("127.0.0.1", desk.port)), desk.dev() as process:
+        assert process.wait(TIMEOUT) == 2
+
+    assert re.fullmatch(rf"deferlib: error: port {desk.port} of 127.0.0.1: address already in use; .*--port.*\n", desk.out)
+
+
+def test_app_that_ends_its_process_while_it_starts_is_said_in_one_line(desk: Desk) -> None:
+    desk.save("GREETING =", "os._exit(7)\nGREETING =")
+    with desk.dev() as process:
+        assert process.wait(TIMEOUT) == 1
+
+    assert desk.out == "deferlib: error: the process of deskapp:app ended with exit code 7 while it started\n"
+
+
+def alive(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
