@@ -292,6 +292,7 @@ class Runtime:
         self.clock = clock
         self.given_queues = given_queues
         self.given_store = given_store
+        self.look_at = 0.0  # when an adder asks again whether an engine serves the store, by the monotonic clock
         self._store: Store | None = None
         self._ring: keys.Keyring | None = None
         self._lock = threading.Lock()
@@ -407,6 +408,11 @@ def runtime() -> Runtime:
                 install(Runtime(settings=load_settings()))
     assert _runtime is not None
     return _runtime
+
+
+def is_current(runtime: Runtime) -> bool:
+    """Tell whether *runtime* is still the process's."""
+    return runtime is _runtime
 
 
 def install(new: Runtime | None) -> Runtime | None:

@@ -429,7 +429,7 @@ class Handler:
     def answer(self, environ: dict[str, Any]) -> Answer:
         """Run the request's call and return the `Answer`."""
         if environ["REQUEST_METHOD"] != "POST":
-            return WRONG_METHOD
+            return self._checkup(environ)
         try:
             dispatch = environ.get(context.ENVIRON_KEY)
             if not isinstance(dispatch, Dispatch):  # it comes from another process
@@ -440,6 +440,22 @@ class Handler:
         except TokenError as error:
             return refuse(error)
         return copy_context().run(perform, dispatch, data)
+
+    def _checkup(self, environ: dict[str, Any]) -> Answer:
+        """Tell `deferlib doctor` about this process, and anybody else that calls come by POST."""
+        if environ["REQUEST_METHOD"] != "GET":
+            return WRONG_METHOD
+        from deferlib import checkup
+
+        try:
+            dispatch = inbound.recognise(environ, config.runtime())
+        except TokenError as error:
+            return refuse(error)
+        if not checkup.is_question(dispatch):
+            return WRONG_METHOD
+        threads, processes = bool(environ.get("wsgi.multithread")), bool(environ.get("wsgi.multiprocess"))
+        text = checkup.answer(environ.get("SERVER_SOFTWARE") or "", threads=threads, processes=processes)
+        return Answer(HTTPStatus.OK, "ok", text)
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]

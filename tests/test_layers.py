@@ -18,7 +18,7 @@ LAYERS = [
     {"payload", "token", "store"},
     {"config", "call_text"},
     {"taskqueue"},
-    {"inbound"},
+    {"inbound", "checkup"},
     {"deferred"},
     {"server"},
     {"contrib.asgi"},  # the engine takes ASGI apps through it

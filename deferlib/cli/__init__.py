@@ -92,7 +92,7 @@ def _is_text(argument: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from deferlib import __version__
-    from deferlib.cli import dev, engine, queues, settings, tasks
+    from deferlib.cli import dev, doctor, engine, queues, settings, tasks
 
     parser = _Parser(
         prog="deferlib",
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_to(commands)
     queues.add_to(commands)
     settings.add_to(commands)
+    doctor.add_to(commands)
     return parser
 
 

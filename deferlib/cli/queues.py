@@ -100,6 +100,7 @@ def list_queues(arguments: argparse.Namespace) -> int:
             now = it.now()
             rows = tx.queues()
             stats = {each.queue: each for each in tx.stats(now, [row.name for row in rows])}
+            it.warn_if_unserved(it.view(tx), tx)
     if arguments.json:
         print_json({"queues": [_document(row, stats[row.name], configured) for row in rows]})
     else:

@@ -68,6 +68,12 @@ def settings_of(arguments: argparse.Namespace) -> config.Settings:
     return config.load_settings(given(arguments), flags=FLAGS)
 
 
+def unknown_variables() -> list[str]:
+    """Return the variables of the environment that look like settings and are none: misspelled ones."""
+    known = {f"DEFERLIB_{name.upper()}" for name in config.SETTINGS} | _NOT_SETTINGS
+    return sorted(name for name in os.environ if name.startswith("DEFERLIB_") and name not in known)
+
+
 # --- deferlib config ------------------------------------------------------------------------------------------------
 
 
@@ -95,12 +101,7 @@ def show_config(arguments: argparse.Namespace) -> int:
         "store_path": config.sqlite_path(settings["store"], settings.root),
         "key_file": runtime.key_file(),
     }
-    unknown = sorted(
-        name
-        for name in os.environ
-        if name.startswith("DEFERLIB_") and name not in _NOT_SETTINGS
-        and name.removeprefix("DEFERLIB_").lower() not in config.SETTINGS
-    )  # fmt: skip
+    unknown = unknown_variables()
     if arguments.json:
         shown = {setting.name: {"value": setting.value, "source": setting.source} for setting in settings.shown()}
         print_json({**places, "settings": shown, "unknown": unknown})

@@ -117,7 +117,7 @@ def relative(at: Micros, now: Micros) -> str:
     distance = abs(at - now)
     if distance < SECOND:
         return "now"
-    return f"in {_rough(distance)}" if at > now else f"{_rough(distance)} ago"
+    return f"in {rough(distance)}" if at > now else f"{rough(distance)} ago"
 
 
 def when(at: Micros | None, now: Micros) -> str:
@@ -133,7 +133,8 @@ def span(length: Micros) -> str:
     return f"{length / SECOND:.10g} s"
 
 
-def _rough(length: Micros) -> str:
+def rough(length: Micros) -> str:
+    """Return a span of time in one whole number: "90 s", "3 m", "5 h", "3 d"."""
     for unit, name in ((2 * DAY, "d"), (2 * HOUR, "h"), (2 * MINUTE, "m")):
         if length >= unit:
             return f"{length // (unit // 2)} {name}"

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 from deferlib import config
 from deferlib.cli.settings import settings_of
+from deferlib.cli.show import rough
+from deferlib.cli.task_text import View
 from deferlib.clock import Clock
 from deferlib.context import SYSTEM_CLOCK
-from deferlib.core.model import Micros
-from deferlib.errors import Error, StoreUnavailableError
-from deferlib.store import Store
+from deferlib.core.model import MINUTE, Micros
+from deferlib.errors import Error, KeyringError, StoreUnavailableError
+from deferlib.keys import Keyring
+from deferlib.store import Store, Tx
+from deferlib.taskqueue.unserved import oldest_due
 
 
 class UsageError(Error):
@@ -32,6 +36,29 @@ class Opened:
 
     def now(self) -> Micros:
         return self.clock.now()
+
+    def view(self, tx: Tx) -> View:
+        """Return what tasks are looked at with."""
+        return View(self.now(), self._ring(), {row.name: row for row in tx.queues()}, self.store.served())
+
+    def warn_if_unserved(self, view: View, tx: Tx) -> None:
+        """Tell, on stderr, that tasks have been due for a minute and no engine serves the store."""
+        due = None if view.served else oldest_due(tx, view.now)
+        if due is not None and view.now - due > MINUTE:
+            print(
+                f"deferlib: warning: no engine serves this store, and tasks have been due for {rough(view.now - due)}: "
+                "start `deferlib engine`, or `deferlib dev`",
+                file=sys.stderr,
+            )
+
+    def _ring(self) -> Keyring | None:
+        """Return the keys if they are at hand; looking must not make any."""
+        runtime = config.Runtime(settings=self.settings)
+        file = runtime.key_file()
+        try:
+            return runtime.ring if file is None or os.path.exists(file) else None
+        except KeyringError:  # not ours to read: calls are shown without their arguments
+            return None
 
 
 @contextmanager

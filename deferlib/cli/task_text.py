@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from deferlib import payload
+from deferlib.call_text import call_text
 from deferlib.cli.show import iso, print_fields, print_table, relative, seconds, span, when
 from deferlib.core.model import Micros, QueueRow, TaskRow
+from deferlib.keys import Keyring
 
 TITLES = ("NAME", "QUEUE", "STATE", "DUE", "TRIES", "CALL")
-_LONGEST_LABEL = 200  # characters: ours are no longer, and a forged one may be the whole payload
 _ATTEMPTS = ("ATTEMPT", "AT", "TOOK", "STATUS", "ERROR")
 
 
-def line(row: TaskRow, now: Micros) -> tuple[str, ...]:
+class View(NamedTuple):
+    """What a task is looked at with."""
+
+    now: Micros
+    ring: Keyring | None  # without keys the arguments of calls aren't shown
+    queues: Mapping[str, QueueRow]
+    served: bool  # whether an engine serves the store
+
+
+def line(row: TaskRow, view: View) -> tuple[str, ...]:
     """Return a task's cells under `TITLES`."""
+    now = view.now
     at = row.died if row.died is not None else row.due
     shown = "" if at is None else relative(at, now)
-    return (row.public_name, row.queue, row.state(now), shown, str(row.attempts), call_of(row))
+    return (row.public_name, row.queue, row.state(now), shown, str(row.attempts), call_of(row, view))
 
 
-def call_of(row: TaskRow) -> str:
-    """Return what a deferred call runs, as its label says; of other tasks, their request. Nothing is unpickled."""
-    return _label(row) or f"{row.method} {row.url}".rstrip()
+def call_of(row: TaskRow, view: View) -> str:
+    """Return a deferred call as Python; of other tasks, their request. Nothing of it is run."""
+    return call_text(row.body, view.ring) or f"{row.method} {row.url}".rstrip()
 
 
-def _label(row: TaskRow) -> str:
-    return payload.describe(row.body)[:_LONGEST_LABEL]
-
-
-def document(row: TaskRow, queue: QueueRow | None, now: Micros) -> dict[str, Any]:
+def document(row: TaskRow, view: View) -> dict[str, Any]:
     """Return all there is to know of a task, for programs: the keys that `tasks show --help` documents."""
-    state = row.state(now)
+    queue = view.queues.get(row.queue)
+    state = row.state(view.now)
     return {
         "name": row.public_name,
         "id": str(row.id),  # 63 bits: more than a JavaScript number holds
         "queue": row.queue,
         "state": state,
         "reason": row.reason,
-        "call": _label(row) or None,
+        "call": call_text(row.body, view.ring) or None,
         "method": row.method,
         "url": row.url,
         "target": _target(row, queue) or None,
@@ -63,6 +71,7 @@ def document(row: TaskRow, queue: QueueRow | None, now: Micros) -> dict[str, Any
         "deadline_seconds": seconds(_deadline(row, queue)),
         "retry": _retry(row),
         "queue_paused": queue is not None and queue.paused,
+        "engine": view.served,
         "history": [
             {
                 "attempt": attempt.get("attempt"),
@@ -76,16 +85,17 @@ def document(row: TaskRow, queue: QueueRow | None, now: Micros) -> dict[str, Any
     }
 
 
-def print_task(row: TaskRow, queue: QueueRow | None, now: Micros) -> None:
+def print_task(row: TaskRow, view: View) -> None:
     """Print all there is to know of a task, for people."""
+    queue, now = view.queues.get(row.queue), view.now
     retry = _retry(row)
     print_fields(
         [
             ("task", row.public_name if row.name is None else f"{row.name} (id {row.id})"),
             ("queue", row.queue),
             ("state", f"{row.state(now)}: {row.reason}" if row.reason else row.state(now)),
-            ("next run", _next_run(row, queue, now)),
-            ("call", _label(row)),
+            ("next run", _next_run(row, queue, view)),
+            ("call", call_text(row.body, view.ring)),
             ("request", f"{row.method} {row.url}".rstrip()),
             ("target", _target(row, queue)),
             ("namespace", row.namespace),
@@ -120,15 +130,20 @@ def _attempt_line(attempt: dict[str, Any], now: Micros) -> tuple[str, ...]:
     )
 
 
-def _next_run(row: TaskRow, queue: QueueRow | None, now: Micros) -> str:
+def _next_run(row: TaskRow, queue: QueueRow | None, view: View) -> str:
     """Say when the task runs next, as far as its row and its queue's tell."""
+    now = view.now
     paused = "; but its queue is paused" if queue is not None and queue.paused else ""
+    if not paused and not view.served:
+        paused = "; but no engine serves this store: `deferlib engine`, or `deferlib dev`"
     match row.state(now):
         case "dead":
             return f"never, unless `deferlib tasks retry {row.public_name}` brings it back"
         case "tombstone":
             return f"never: it is finished, and its name is free again {when(row.expires, now)}"
         case "leased":
+            if not view.served:
+                return f"its engine is gone; again once its lease has ended, {when(row.due, now)}"
             return f"running; its lease lasts until {when(row.due, now)}"
         case "ready":
             return f"as soon as an engine has room: due since {when(row.due, now)}{paused}"

@@ -36,8 +36,11 @@ name, id, queue, state, reason, call (what a deferred call runs), method, url,
 target, namespace, tag, headers (their names), payload_bytes, created, eta,
 due, next_run, lease_until, first_try, died, expires (times in ISO 8601, UTC),
 attempts, executions, failures, lost, fence, deadline_seconds, retry (the
-task's own options), queue_paused, history (the last attempts: attempt, at,
-seconds, status, error).
+task's own options), queue_paused, engine (whether one serves the store),
+history (the last attempts: attempt, at, seconds, status, error).
+
+A call is shown with its arguments where its key is at hand; nothing of it is
+run, and objects of your own classes are shown by their class only.
 
 example:
   deferlib tasks show welcome-4711
@@ -110,7 +113,8 @@ def list_tasks(arguments: argparse.Namespace) -> int:
 
     with opened(arguments) as it, it.store.read() as tx:
         now = it.now()
-        queues = {row.name: row for row in tx.queues()}
+        view = it.view(tx)
+        queues = view.queues
         if arguments.queue is not None and arguments.queue not in queues:
             return _unknown_queue(arguments.queue, queues)
         names = list(queues) if arguments.queue is None else [arguments.queue]
@@ -118,13 +122,14 @@ def list_tasks(arguments: argparse.Namespace) -> int:
         merged = heapq.merge(*pages, key=_order)
         rows = [row for row, _ in zip(merged, range(arguments.limit + 1), strict=False)]
         more, rows = len(rows) > arguments.limit, rows[: arguments.limit]
+        it.warn_if_unserved(view, tx)
     if arguments.json:
-        print_json({"tasks": [task_text.document(row, queues.get(row.queue), now) for row in rows], "more": more})
+        print_json({"tasks": [task_text.document(row, view) for row in rows], "more": more})
         return 0
     if not rows:
         print(f"No {arguments.state} tasks.")
         return 0
-    print_table(task_text.TITLES, [task_text.line(row, now) for row in rows], keep_end={"CALL"})
+    print_table(task_text.TITLES, [task_text.line(row, view) for row in rows], keep_end={"CALL"})
     if more:
         print(f"… and more: --limit shows more than {arguments.limit}.")
     return 0
@@ -159,18 +164,17 @@ def show_task(arguments: argparse.Namespace) -> int:
     from deferlib.cli.store import opened
 
     with opened(arguments) as it, it.store.read() as tx:
-        now = it.now()
+        view = it.view(tx)
         rows = _found(tx, arguments.name, arguments.queue)
-        queues = {row.name: row for row in tx.queues()}
     if not rows:
         return _missing([arguments.name], arguments.queue)
     if arguments.json:
-        print_json(task_text.document(rows[0], queues.get(rows[0].queue), now))
+        print_json(task_text.document(rows[0], view))
         return 0
     for number, row in enumerate(rows):
         if number:
             print()
-        task_text.print_task(row, queues.get(row.queue), now)
+        task_text.print_task(row, view)
     return 0
 
 

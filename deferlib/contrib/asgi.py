@@ -64,10 +64,12 @@ class Middleware:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(receive)
         deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
-        if deferred_call and scope["method"] != "POST":
+        if deferred_call and scope["method"] not in ("GET", "POST"):
             return await _respond(send, deferred.WRONG_METHOD)
         try:
             dispatch = await _identify(scope, body)
+            if deferred_call and scope["method"] == "GET":
+                return await _respond(send, _checkup(dispatch))
             if deferred_call:
                 if dispatch is None:
                     return await _respond(send, deferred.FORBIDDEN)
@@ -125,6 +127,15 @@ async def perform(dispatch: Dispatch, data: bytes) -> deferred.Answer:
         if inspect.isawaitable(value):
             await deferred.uncancelled(value)
     return attempt.answer
+
+
+def _checkup(dispatch: Dispatch | None) -> deferred.Answer:
+    """Tell `deferlib doctor` about this process, and anybody else that calls come by POST."""
+    from deferlib import checkup
+
+    if not checkup.is_question(dispatch):
+        return deferred.WRONG_METHOD
+    return deferred.Answer(HTTPStatus.OK, "ok", checkup.answer("ASGI", threads=True, processes=False))
 
 
 async def _identify(scope: Scope, body: _Body) -> Dispatch | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 
 from deferlib import config
@@ -22,7 +23,7 @@ from deferlib.errors import (
     UnknownQueueError,
 )
 from deferlib.store import Tx
-from deferlib.taskqueue import limits
+from deferlib.taskqueue import limits, unserved
 from deferlib.taskqueue.task import Task
 
 log = logging.getLogger("deferlib.client")
@@ -105,6 +106,8 @@ class Queue:
                     results[index] = result
             return results
 
+        if time.monotonic() >= runtime.look_at:
+            unserved.look(runtime)
         try:
             return store.run(work)
         except EnqueueUnknownError as error:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -311,7 +312,7 @@ def test_table_has_state_time_tries_and_call(cli: Cli) -> None:
 
     assert lines[0].split() == ["NAME", "QUEUE", "STATE", "DUE", "TRIES", "CALL"]
     assert lines[1].split()[:4] == ["ready", "default", "ready", "now"]
-    assert lines[1].endswith("test_cli.call")
+    assert lines[1].endswith("test_cli.call(1)")
     assert re.match(r"running +mail +leased +in \d+ s +1 ", lines[3])
     assert re.match(r"web +mail +scheduled +in \d+ s +0 +POST /hook\?id=1", lines[4])
     assert re.match(r"later +default +scheduled +in \d+ m ", lines[5])
@@ -355,6 +356,7 @@ TASK_KEYS = {
     "name", "id", "queue", "state", "reason", "call", "method", "url", "target", "namespace", "tag", "headers",
     "payload_bytes", "created", "eta", "due", "next_run", "lease_until", "first_try", "died", "expires", "attempts",
     "executions", "failures", "lost", "fence", "deadline_seconds", "retry", "queue_paused", "history",
+    "engine",
 }  # fmt: skip
 
 
@@ -404,8 +406,50 @@ def test_times_are_iso_in_utc_and_relative(cli: Cli) -> None:
         ("ready", "as soon as an engine has room: due since "),
     ],
 )
-def test_next_run_in_words(cli: Cli, name: str, next_run: str) -> None:
+def test_next_run_in_words(cli: Cli, store: config.Runtime, name: str, next_run: str) -> None:
+    with store.store.serving(lambda: None):
+        shown = cli("tasks", "show", name)
+
+    assert re.search(rf"^next run +{next_run}", shown.out, re.MULTILINE)
+    assert "no engine" not in shown.out
+
+
+@pytest.mark.usefixtures("some")
+@pytest.mark.parametrize(
+    ("name", "next_run"),
+    [
+        ("running", "its engine is gone; again once its lease has ended, "),
+        ("ready", "as soon as an engine has room: due since .*; but no engine serves this store: `deferlib engine`"),
+    ],
+)
+def test_next_run_says_so_where_no_engine_is(cli: Cli, name: str, next_run: str) -> None:
     assert re.search(rf"^next run +{next_run}", cli("tasks", "show", name).out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["tasks", "queues"])
+def test_lists_warn_once_tasks_have_waited_a_minute_for_an_engine(cli: Cli, store: config.Runtime, command: str) -> None:
+    warning = "deferlib: warning: no engine serves this store, and tasks have been due for 2 m: start `deferlib engine`"
+    deferlib.defer(call, _name="fresh")
+    assert cli(command, "list").err == ""
+    deferlib.defer(call, _name="late", _eta=datetime.now(UTC) - timedelta(seconds=130))
+
+    assert cli(command, "list").err.startswith(warning)
+    assert cli(command, "list", "--json").err.startswith(warning)
+
+    with store.store.serving(lambda: None):
+        assert cli(command, "list").err == ""
+    store.store.run(lambda tx: tx.pause(["default"], True))
+    assert cli(command, "list").err == "", "a paused queue waits on purpose"
+
+
+def test_arguments_are_shown_only_where_the_key_is(project: Path, cli: Cli, store: config.Runtime) -> None:
+    deferlib.defer(call, 7, _name="a")
+    assert cli("tasks", "show", "a", "--json").json["call"].endswith("test_cli.call(7)")
+
+    (project / ".deferlib" / "tasks.db.key").unlink()
+
+    assert cli("tasks", "show", "a", "--json").json["call"].endswith("test_cli.call(…)")
+    assert not (project / ".deferlib" / "tasks.db.key").exists(), "looking makes no key"
 
 
 @pytest.mark.usefixtures("some")
@@ -477,7 +521,7 @@ def test_living_task_comes_before_the_dead_letter_of_its_name(cli: Cli, store: c
 def test_payloads_headers_and_keys_are_never_shown(
     project: Path, cli: Cli, store: config.Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deferlib.defer(call, "canary-argument", _name="a", _headers={"Authorization": "canary-header"})
+    deferlib.defer(call, 7, _name="a", _headers={"Authorization": "canary-header"})
     taskqueue.add("canary-body", name="b", url="/x", headers={"Cookie": "canary-cookie"})
     ring = store.ring.signing
     secrets = [
