@@ -433,8 +433,9 @@ def configure(
 ) -> Runtime:
     """Set the process's runtime explicitly; what isn't given still comes from the environment and the project.
 
-    *queues* is a queue.yaml's path, or queues as `QueueConfig` or as the mappings a queue.yaml holds. `ConfigError` for
-    an unknown setting or a bad value.
+    *store* is a DSN (`sqlite:///PATH`) or a `Store`, *key* as `DEFERLIB_KEY`, *app* the base URL where the app is served,
+    *queues* a queue.yaml's path, or queues as `QueueConfig` or as the mappings a queue.yaml holds; *clock* is for tests,
+    and other *settings* go by their names. `ConfigError` for an unknown setting or a bad value.
     """
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:

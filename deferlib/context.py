@@ -16,17 +16,17 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class TaskContext(NamedTuple):
     """One attempt of one task, as the engine vouches for it."""
 
-    id: int
+    id: int  # the task's, 63 bits
     user_name: str  # '' if the task has none
-    queue: str
+    queue: str  # its queue's name
     attempt: int  # from 1
     execution_count: int  # earlier attempts that the target answered
-    eta_micros: Micros
-    deadline_micros: Micros
-    fence: int
-    namespace: str
-    url: str
-    clock: Clock
+    eta_micros: Micros  # as `eta`, in microseconds since the epoch
+    deadline_micros: Micros  # as `deadline`
+    fence: int  # greater with every attempt of the task, so that a side effect can refuse an older one
+    namespace: str  # that the call runs in
+    url: str  # path and query of the request
+    clock: Clock  # that `remaining` reads
 
     @property
     def name(self) -> str:

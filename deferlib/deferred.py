@@ -36,6 +36,7 @@ __all__ = [
     "Handler",
     "PermanentTaskFailure",
     "SingularTaskFailure",
+    "adefer",
     "application",
     "defer",
     "run",
@@ -221,7 +222,10 @@ def _suggestion(key: str) -> str:
 
 
 def serialize(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bytes:
-    """Return the call as a signed payload for a hand-made `Task` to a handler of deferred calls."""
+    """Return the call as a signed payload for a hand-made `Task` to a handler of deferred calls.
+
+    It is bound to no task: whoever holds it can have it run, again and again.
+    """
     if not callable(fn):
         raise ValueError(f"a callable is needed to serialize, not {fn!r}")
     return payload.seal(payload.dump_call(fn, args, kwargs), config.runtime().ring.signing, None)
@@ -289,7 +293,7 @@ def refuse(error: TokenError) -> Answer:
     """Return the answer to a request whose token isn't valid: the engine's or this process's keys are at fault."""
     text = payload.one_line(str(error), _ANSWER_BYTES)
     log.error("a request with an invalid dispatch token was refused: %s", text)
-    return Answer(HTTPStatus.FORBIDDEN, "untrusted", f"The dispatch token is refused: {text}.")
+    return Answer(HTTPStatus.FORBIDDEN, "untrusted", f"The dispatch token is refused: {text}")
 
 
 class Attempt:

@@ -153,6 +153,7 @@ class SingularTaskFailure(DeferredError):
 class DeadlineExceededError(BaseException):
     """The call's dispatch deadline is near; save what matters and return.
 
+    This version doesn't raise it by itself: ask `current_task().remaining()`, and raise it where you like.
     Outside `Error` and `Exception`, as on App Engine, so that a broad `except Exception` doesn't swallow it.
     """
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from deferlib.errors import Error
+
 _namespace: ContextVar[str] = ContextVar("deferlib_namespace", default="")
 _PATTERN = re.compile(r"[0-9A-Za-z._-]{0,100}\Z")
 
 
-class BadValueError(Exception):
+class BadValueError(Error):
     """A namespace is up to 100 letters, digits, dots, hyphens and underscores."""
 
 

@@ -77,16 +77,17 @@ class Vouched:
         self._claims = claims
         self._clock = clock
 
-    def dispatch(self, *, method: str, path: str, query: str, body: bytes, prefix: str = "") -> Dispatch:
+    def dispatch(self, *, method: str, path: str, query: str, body: bytes, prefix: str = "", inner: str = "") -> Dispatch:
         """Return what the engine vouches for if the request is the one it made; `TokenError` if not.
 
-        *path* is decoded, SCRIPT_NAME included; *prefix* is what a proxy strips from it on the way.
+        *path* is decoded, SCRIPT_NAME included; *prefix* is what a proxy strips from it on the way, *inner* the path as it
+        was before the server put its own root path before it, if it did.
         """
         claims = self._claims
         if claims["m"] != method:
             raise TokenError(f"the token is for a {claims['m']} request, this is {method[:20]!r}")
         sent = unquote(claims["o"] + claims["u"].removesuffix("?"))
-        if sent not in (path, prefix + path):
+        if sent not in (path, prefix + path, inner or path):
             raise TokenError(f"the token is for the path {sent!r}, this is {path!r}; see the setting 'prefix'")
         if _query_claims(query) != {"q": claims["q"], "r": claims["r"]}:
             raise TokenError("the token is for another query")

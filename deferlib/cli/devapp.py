@@ -97,7 +97,7 @@ def main(argument: str) -> None:
     ensure_echo_on()
     # Not run_with_reloader: here the reloader looks at the files before the app is imported, so that no save is missed, and
     # the app is imported in the main thread, where it may set signal handlers.
-    with reloader_loops["auto"](interval=_LOOK_SECONDS) as reloader:
+    with reloader_loops["auto"](interval=_LOOK_SECONDS, exclude_patterns=_not_the_users()) as reloader:
         serve, stop = _prepared(plan, reports)
         threading.Thread(target=serve, name="deferlib-app", daemon=True).start()
         try:
@@ -263,6 +263,13 @@ def _trace(error: BaseException) -> str:
     kept = [frame for frame in frames.stack if not any(part in frame.filename for part in hidden)]
     frames.stack = traceback.StackSummary.from_list(kept)
     return "".join(frames.format()).rstrip()
+
+
+def _not_the_users() -> list[str]:
+    """Return patterns of files on sys.path that aren't the user's: a checkout of ours, installed editable."""
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    installed = not os.path.exists(os.path.join(checkout, "pyproject.toml"))
+    return [] if installed or f"{os.getcwd()}/".startswith(f"{checkout}/") else [f"{checkout}/*"]
 
 
 def _quiet_werkzeug() -> None:

@@ -61,6 +61,8 @@ def add_to(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start an engine, work until a signal, drain; return the exit code."""
+    from deferlib.engine.inprocess import served
+
     signals = Signals()
     signals.install()
     runtime = config.Runtime(settings=settings_of(arguments))
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     log_to_stderr(arguments.log_level)
     with ExitStack() as stack:
         stack.callback(runtime.close)
-        engine = _build(runtime, None if app is None else _served(app, stack))
+        engine = _build(runtime, None if app is None else served(app, stack))
         stack.callback(engine.close)
         watch = _watch(runtime, stack)
         signals.serve(engine, round(runtime.settings["grace"] * SECOND), watch)
@@ -84,20 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         if not engine.idle:
             _leave()
     return 0
-
-
-def _served(app: Any, stack: ExitStack) -> Any:
-    """Return *app* as a WSGI app that has the handler of deferred calls; an ASGI app's lifespan ends with *stack*."""
-    from deferlib.contrib.asgi import as_wsgi, is_asgi
-
-    if not is_asgi(app):
-        from deferlib.server.wsgi import wrap_wsgi_app
-
-        return wrap_wsgi_app(app)
-    bridge = as_wsgi(app)
-    stack.callback(bridge.close)
-    bridge.start()
-    return bridge
 
 
 def _in_use(runtime: config.Runtime, arguments: argparse.Namespace) -> config.Runtime:

@@ -198,10 +198,7 @@ def _fields(row: QueueRow, stats: QueueStats, configured: set[str] | None, now: 
         ("queue", row.name),
         ("mode", str(queue.mode)),
         ("state", _state(row, configured)),
-        (
-            "configured by",
-            {QueueSource.FILE: "queue.yaml", QueueSource.LIBRARY: "default"}.get(row.source, str(row.source)),
-        ),
+        ("configured by", _SOURCES[row.source]),
         ("tasks", str(stats.tasks)),
         ("dead letters", str(stats.dead)),
         ("next due", when(stats.oldest_due, now)),

@@ -26,9 +26,12 @@ FLAGS = {
 _HELP = {
     "store": ("DSN", f"the store: sqlite:///PATH, relative to the project root (default: {config.DEFAULT_STORE})"),
     "queues": ("FILE", "the queue.yaml, relative to the project root (default: queue.yaml there, if there is one)"),
-    "app": ("URL", f"without --app: where the app is served (default: {config.DEFAULT_APP})"),
-    "targets": ("NAME=URL", "without --app: the base URL of a named target; may be repeated"),
-    "concurrency": ("N", "calls at once: threads with --app, else requests per target (default: cores + 4, 32)"),
+    "app": ("URL", f"where the app is served, for an engine that pushes (default: {config.DEFAULT_APP})"),
+    "targets": ("NAME=URL", "the base URL of a named target, for an engine that pushes; may be repeated"),
+    "concurrency": (
+        "N",
+        "calls at once: requests per target (default: 32), or threads of an engine that calls the app itself (cores + 4)",
+    ),
     "lease": ("SECONDS", "how long a task stays claimed if the engine dies (default: 30)"),
     "grace": ("SECONDS", "how long running calls may go on after SIGTERM (default: 25)"),
 }

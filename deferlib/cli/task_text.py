@@ -68,6 +68,7 @@ def document(row: TaskRow, view: View) -> dict[str, Any]:
         "failures": row.failures,
         "lost": row.lost,
         "fence": row.claims,
+        "key": row.key_id.hex() or None,
         "deadline_seconds": seconds(_deadline(row, queue)),
         "retry": _retry(row),
         "queue_paused": queue is not None and queue.paused,
@@ -106,11 +107,12 @@ def print_task(row: TaskRow, view: View) -> None:
             ("eta", when(row.eta, now)),
             ("first tried", when(row.first_try, now)),
             ("died", when(row.died, now)),
-            ("attempts", f"{row.attempts}: {row.executions} answered, {row.failures} failed, {row.lost} lost"),
+            ("attempts", f"{row.attempts}: {row.executions} executed, {row.failures} charged, {row.lost} lost"),
             ("last status", str(row.status) if row.status else ""),
             ("deadline", span(length) if (length := _deadline(row, queue)) else ""),
             ("retry", ", ".join(f"{name} {value:g}" for name, value in retry.items()) if retry else ""),
             ("fence", str(row.claims) if row.claims else ""),
+            ("key", row.key_id.hex()),
         ]
     )
     history = _history(row)

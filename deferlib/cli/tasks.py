@@ -35,9 +35,11 @@ NAME is the name that the task was given or, if it has none, its id. JSON:
 name, id, queue, state, reason, call (what a deferred call runs), method, url,
 target, namespace, tag, headers (their names), payload_bytes, created, eta,
 due, next_run, lease_until, first_try, died, expires (times in ISO 8601, UTC),
-attempts, executions, failures, lost, fence, deadline_seconds, retry (the
-task's own options), queue_paused, engine (whether one serves the store),
-history (the last attempts: attempt, at, seconds, status, error).
+attempts, executions (what the target answered), failures (what is charged
+against the limits), lost (with their engine), fence, key (that signed it),
+deadline_seconds, retry (the task's own options), queue_paused, engine
+(whether one serves the store), history (the last attempts: attempt, at,
+seconds, status, error).
 
 A call is shown with its arguments where its key is at hand; nothing of it is
 run, and objects of your own classes are shown by their class only.

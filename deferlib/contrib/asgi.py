@@ -155,6 +155,7 @@ async def _identify(scope: Scope, body: _Body) -> Dispatch | None:
     dispatch = vouched.dispatch(
         method=scope["method"],
         path="".join(_split_path(scope)),
+        inner=_split_path(scope)[1],  # uvicorn's --root-path stands before every path, whoever sent it
         query=scope.get("query_string", b"").decode("latin-1"),
         body=await body.read(scope["headers"]),
         prefix=runtime.settings["prefix"],

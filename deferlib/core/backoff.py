@@ -48,7 +48,8 @@ def may_retry(policy: RetryPolicy, failures: int, age: Micros) -> bool:
 def policy_of(options: str, queue: RetryPolicy) -> RetryPolicy:
     """Return the policy of a task whose own options are *options* (JSON as `options_text` makes it, or '').
 
-    A task's options replace the queue's as a whole: what they leave out takes the defaults, not the queue's values.
+    A task's options replace the queue's as a whole: what they leave out takes the defaults, not the queue's values. But
+    for the jitter, which only a queue has.
     """
     if not options:
         return queue
@@ -56,7 +57,7 @@ def policy_of(options: str, queue: RetryPolicy) -> RetryPolicy:
     known = {
         key: value for key, value in raw.items() if key in RetryPolicy._fields
     }  # a newer version may have added others
-    return repair(RetryPolicy(), known)
+    return repair(RetryPolicy(jitter=queue.jitter), known)
 
 
 def repair(base: RetryPolicy, raw: dict[str, Any]) -> RetryPolicy:

@@ -75,6 +75,7 @@ class Engine:
         self._step = step
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
+        self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._hinted = True
         self._reread_at: Micros = 0
@@ -153,6 +154,11 @@ class Engine:
         return self._scheduler.in_flight
 
     @property
+    def busy(self) -> bool:
+        """Whether it holds a task, or is about to. From any thread: what was due before, and isn't now, it holds."""
+        return self._transacting or not self.idle
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is in flight and nothing waits to be settled."""
         return not self._scheduler.in_flight and not self._unsettled
@@ -169,7 +175,11 @@ class Engine:
         outcomes = self._unsettled + self._scheduler.renewals(now)
         specs = self._scheduler.plan(now, self._transport.room)
         if outcomes or specs:  # an idle turn opens no transaction
-            self._transact(now, outcomes, specs)
+            self._transacting = True
+            try:
+                self._transact(now, outcomes, specs)
+            finally:
+                self._transacting = False
         if self._outbox:
             self._step("send")
             self._send()

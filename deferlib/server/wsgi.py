@@ -8,7 +8,7 @@ from typing import Any
 
 from deferlib import config, deferred, inbound, namespaces
 from deferlib.context import Dispatch, running
-from deferlib.errors import TokenError
+from deferlib.errors import NotAvailableError, TokenError
 
 StartResponse = Callable[..., Any]
 WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
@@ -80,10 +80,12 @@ def wrap_wsgi_app(
 ) -> Middleware:
     """Return *app* with the handler of deferred calls at `/_ah/queue/deferred`.
 
-    Every request loses its `X-AppEngine-*` and `X-CloudTasks-*` headers, however they are spelled; requests that an engine
-    made, as their token proves, get the true ones, come from 0.1.0.2, and run in their task's namespace.
+    Every request loses its `X-AppEngine-*`, `X-CloudTasks-*` and `X-Deferlib-*` headers, however spelled; requests that an
+    engine made, as their token proves, get the true ones, come from 0.1.0.2, and run in their task's namespace.
     *use_legacy_context_mode* is accepted for App Engine's sake and changes nothing. Wrapping twice is wrapping once.
     """
+    if is_admin is not None:
+        raise NotAvailableError("is_admin isn't available in this version; protect the views themselves")
     if isinstance(app, Middleware):
         return app if app.use_deferred or not use_deferred else Middleware(app.app, use_deferred=True)
     return Middleware(app, use_deferred=use_deferred)

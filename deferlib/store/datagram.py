@@ -33,21 +33,27 @@ class Hints:
 
     def bind(self) -> socket.socket | None:
         """Return a socket that receives the hints, or None where none can be had (then the poll must do)."""
+        # Never a name used before: whoever finds a dead process's socket removes it by its name.
+        path = os.path.join(self._folder, f"{os.getpid()}-{secrets.token_hex(4)}")
+        receiver = self._bound(path) or self._bound(path)  # again: the last watcher may just have removed the folder
+        if receiver is None:
+            return None
+        with self._lock:
+            self._own.add(path)
+            self._listed_at = -1
+        return receiver
+
+    def _bound(self, path: str) -> socket.socket | None:
         with contextlib.suppress(OSError):
             os.mkdir(self._folder, 0o700)
         if not self._trusted():
             return None
-        # Never a name used before: whoever finds a dead process's socket removes it by its name.
-        path = os.path.join(self._folder, f"{os.getpid()}-{secrets.token_hex(4)}")
         receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             receiver.bind(path)
         except OSError:  # the path is too long for a socket, say
             receiver.close()
             return None
-        with self._lock:
-            self._own.add(path)
-            self._listed_at = -1
         return receiver
 
     def unbind(self, receiver: socket.socket) -> None:
@@ -58,6 +64,7 @@ class Hints:
             self._own.discard(path)
         with contextlib.suppress(OSError):
             os.unlink(path)
+            os.rmdir(self._folder)  # if it was the last one
 
     def send(self) -> None:
         """Wake the watchers in other processes. Never blocks, never raises."""

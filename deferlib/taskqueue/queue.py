@@ -42,6 +42,7 @@ class Queue:
 
     @property
     def name(self) -> str:
+        """The queue's name."""
         return self._name
 
     def add(self, task: Task | Iterable[Task], transactional: bool = False) -> Task | list[Task]:
@@ -64,7 +65,11 @@ class Queue:
         return task if isinstance(task, Task) else tasks
 
     def purge(self) -> None:
-        """Delete every task of the queue. Tasks that run finish, and change nothing any more."""
+        """Delete every task that waits in the queue.
+
+        Dead letters stay, and names stay taken until their tombstones expire. Tasks that run finish, and change nothing
+        any more.
+        """
         runtime = config.runtime()
         while runtime.store.run(lambda tx: tx.purge(runtime.clock.now(), self._name, _PURGE_SLICE)):
             pass
@@ -163,7 +168,10 @@ class Queue:
 def add(
     payload: bytes | str | None = None, *, queue_name: str = "default", transactional: bool = False, **options: object
 ) -> Task:
-    """Build a `Task` of the arguments and add it to a queue; return it."""
+    """Build a `Task` of the arguments and add it to a queue; return it.
+
+    *options* are those of `Task`; raises what `Task` and `Queue.add` raise.
+    """
     task = Task(payload, **options)  # type: ignore[arg-type]  # Task checks its own arguments
     Queue(queue_name).add(task, transactional)
     return task

@@ -197,6 +197,7 @@ class Task:
 
     @property
     def method(self) -> str:
+        """The HTTP method, or PULL for a pull queue's task."""
         return self._method
 
     @property
@@ -211,18 +212,22 @@ class Task:
 
     @property
     def target(self) -> str | None:
+        """The named target; None for the queue's or the default one."""
         return self._target or None
 
     @property
     def tag(self) -> str | None:
+        """A pull task's tag; None without one."""
         return self._tag or None
 
     @property
     def retry_options(self) -> TaskRetryOptions | None:
+        """The task's own retry options; None for the queue's."""
         return self._retry_options
 
     @property
     def dispatch_deadline_usec(self) -> int | None:
+        """How long an attempt may take, in microseconds; None for the queue's deadline."""
         return self._deadline or None
 
     @property
@@ -232,10 +237,12 @@ class Task:
 
     @property
     def was_enqueued(self) -> bool:
+        """Whether the task was added to a queue."""
         return self._enqueued
 
     @property
     def was_deleted(self) -> bool:
+        """Whether the task was deleted by way of this object."""
         return self._deleted
 
     @property

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deferlib import config, deferred, payload
+from deferlib import config, payload
 from deferlib.context import moment
 from deferlib.core.model import SECOND, Delivery, Micros, Page, QueueConfig, QueueSource, Result, TaskRow, TaskState
 from deferlib.core.scheduler import Rules, Scheduler
 from deferlib.engine.engine import Engine
+from deferlib.engine.inprocess import served
 from deferlib.engine.local import WsgiApp
 from deferlib.errors import Error
-from deferlib.server.wsgi import wrap_wsgi_app
 from deferlib.store import Store
 from deferlib.testing.clock import VirtualClock, span
 from deferlib.testing.inline import InlineTransport
+
+if TYPE_CHECKING:
+    from deferlib.contrib.asgi import AsgiApp
 
 _NODE = "testing"
 _MEMORY = "sqlite:///:memory:"
@@ -175,7 +178,7 @@ class Harness:
 
 @contextmanager
 def engine(
-    app: WsgiApp | None = None,
+    app: WsgiApp | AsgiApp | None = None,
     *,
     queues: str | Iterable[QueueConfig | Mapping[str, Any]] | None = None,
     start: datetime | None = None,
@@ -183,8 +186,9 @@ def engine(
     """Give the `with` block a store in memory, a clock that stands still at *start* (or now), and an engine on them.
 
     Everything that the block defers goes there, and runs only in `Harness.run_until_idle` and `Harness.advance`, in the
-    calling thread. *app* is the WSGI app that tasks with a URL of their own are for. *queues* as for
-    `deferlib.configure`; by default the project's queue.yaml. What was configured before is back at the end.
+    calling thread (an ASGI app's on its loop's). *app* is the WSGI or ASGI app that tasks with a URL of their own are for.
+    *queues* as for `deferlib.configure`; by default the project's queue.yaml. What was configured before is back at the
+    end.
     """
     clock = VirtualClock(start)
     former = config.install(None)
@@ -192,7 +196,8 @@ def engine(
         runtime = config.configure(store=_MEMORY, queues=queues, clock=clock)
         configs = runtime.queues()
         runtime.store.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))
-        yield Harness(runtime.store, clock, deferred.application if app is None else wrap_wsgi_app(app))
+        with ExitStack() as stack:
+            yield Harness(runtime.store, clock, served(app, stack))
         runtime.close()
     finally:
         config.install(former)

@@ -95,7 +95,7 @@ def run_page(path: Path, *, fragments: bool = False) -> None:
                 raise SystemExit(f"{path}: {attempt}")
         if engine.tasks() and not any(attempt.ok for attempt in attempts):
             raise SystemExit(f"{path}: what it defers never ran")
-    tests = [block.file for block in found if block.file.startswith("test_")]
+    tests = [block.file for block in found if block.file.startswith("test_") and not block.not_run]
     if tests:
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], check=True)
 

@@ -370,7 +370,8 @@ def test_watcher_without_a_trusted_folder_notices_by_polling(
     monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
     with store.watch(lambda: None):
         [folder] = hints.iterdir()
-    folder.chmod(0o755)  # as if another user had made it
+    assert not folder.exists(), "the last watcher removes it"
+    folder.mkdir(0o755)  # as if another user had made it
     (folder / "trap").write_bytes(b"")
     awake = threading.Event()
 

@@ -356,7 +356,7 @@ TASK_KEYS = {
     "name", "id", "queue", "state", "reason", "call", "method", "url", "target", "namespace", "tag", "headers",
     "payload_bytes", "created", "eta", "due", "next_run", "lease_until", "first_try", "died", "expires", "attempts",
     "executions", "failures", "lost", "fence", "deadline_seconds", "retry", "queue_paused", "history",
-    "engine",
+    "engine", "key",
 }  # fmt: skip
 
 

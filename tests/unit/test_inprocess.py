@@ -92,6 +92,37 @@ def test_what_has_not_started_stays_for_the_next_engine() -> None:
         assert ran()[0] == "next"
 
 
+def test_everything_that_is_due_has_run_at_the_end_of_the_block() -> None:
+    for _ in range(3):
+        with deferlib.running():
+            for number in range(50):
+                deferlib.defer(note, number)
+            deferlib.defer(note, "later", _countdown=3600)
+
+        assert sorted(ran()[0] for _ in range(50)) == list(range(50))
+        assert RAN.empty()
+
+
+def test_block_that_raises_starts_nothing_more() -> None:
+    taskqueue.Queue().add([taskqueue.Task(url="/hook") for _ in range(100)])
+    started, finish = threading.Semaphore(0), threading.Event()
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        started.release()
+        finish.wait(PATIENCE)
+        start_response("200 OK", [])
+        return []
+
+    with pytest.raises(ZeroDivisionError), deferlib.running(app):
+        assert started.acquire(timeout=PATIENCE)
+        threading.Timer(0.05, finish.set).start()
+        raise ZeroDivisionError
+
+    runtime = config.runtime()
+    with runtime.store.read() as tx:
+        assert tx.stats(runtime.clock.now(), ["default"])[0].tasks > 50
+
+
 def test_end_of_the_block_waits_for_what_runs() -> None:
     started, finish, finished = threading.Event(), threading.Event(), []
 
@@ -186,7 +217,7 @@ def test_app_whose_startup_fails_says_why_and_leaves_nothing_behind() -> None:
         deferlib.running(Asgi(fail="Traceback:\n  ...\nno database\n")),
     ):
         pass
-    left = [thread for thread in threading.enumerate() if thread.name.startswith("deferlib")]
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("deferlib") and "unserved" not in thread.name]
     for thread in left:  # an idle pool's threads are told to end; nobody waits for them
         thread.join(10)
     assert not [thread for thread in left if thread.is_alive()]
