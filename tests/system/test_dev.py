@@ -6,17 +6,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import requests
 
-from tests.system.processes import TIMEOUT, free_port, kill, listens, wait_until
+from tests.system.desk import Desk, alive
+from tests.system.processes import TIMEOUT, listens, wait_until
 
 APP = """
 import os, time
@@ -69,56 +64,9 @@ def do_die():
 """
 
 
-class Desk:
-    """A folder with an app in it, where somebody works with `deferlib dev`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.module = folder / "deskapp.py"
-        self.module.write_text(APP)
-        self.port = free_port()
-        self._out = folder / "out"
-        self._saves = 0
-
-    @contextmanager
-    def dev(self, *options: str, app: str = "deskapp:app", **environ: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`deferlib dev`, killed at the end of the block if it still runs."""
-        command = [sys.executable, "-m", "deferlib.cli", "dev", app, "--port", str(self.port), *options]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("DEFERLIB_")}
-        with self._out.open("ab") as out:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env={**clean, **environ}, stdout=out, stderr=out, start_new_session=True
-            )
-            try:
-                yield process
-            finally:
-                kill(process)
-
-    @property
-    def out(self) -> str:
-        return self._out.read_text() if self._out.exists() else ""
-
-    def sees(self, pattern: str, count: int = 1) -> None:
-        """Wait until *pattern* has been printed *count* times."""
-        try:
-            wait_until(lambda: len(re.findall(pattern, self.out)) >= count, pattern, timeout=30)
-        except AssertionError:
-            raise AssertionError(f"{pattern!r} was not printed {count} times:\n{self.out}") from None
-
-    def get(self, path: str) -> str:
-        return requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=30).text
-
-    def save(self, old: str, new: str) -> None:
-        """Save the module with *old* replaced, at a time of its own."""
-        self.module.write_text(self.module.read_text().replace(old, new))
-        self._saves += 1
-        stamp = time.time() + self._saves
-        os.utime(self.module, (stamp, stamp))
-
-
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+    return Desk(tmp_path, APP)
 
 
 def test_call_runs_and_is_told_and_so_is_where_everything_is(desk: Desk) -> None:
@@ -402,10 +350,3 @@ def test_app_that_ends_its_process_while_it_starts_is_said_in_one_line(desk: Des
         assert process.wait(TIMEOUT) == 1
 
     assert desk.out == "deferlib: error: the process of deskapp:app ended with exit code 7 while it started\n"
-
-
-def alive(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return True
-    return False
