@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
 from deferlib.cli.show import safe
@@ -26,9 +27,11 @@ Settings come from flags, then DEFERLIB_… in the environment, then
 [tool.deferlib] in pyproject.toml; `deferlib config` shows all of them with
 their sources.
 
-example:
-  deferlib engine --app main:app      run the deferred calls of the app in main
+examples:
+  deferlib dev main:app               serve the app in main.py and run its calls
+  deferlib engine                     in production: push them to where it runs
   deferlib tasks list --state dead    see which of them were given up
+  deferlib doctor                     find out why nothing runs
 """
 
 
@@ -102,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"deferlib {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    parser.set_defaults(run=partial(show_help, parser))
     dev.add_to(commands)
     engine.add_to(commands)
     tasks.add_to(commands)
@@ -110,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_to(commands)
     doctor.add_to(commands)
     return parser
+
+
+def show_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Do what a command does that was given no verb: say which there are."""
+    parser.print_help(sys.stderr)
+    return REFUSED
 
 
 def _drop_output() -> None:

@@ -79,10 +79,10 @@ def _settings(case: Case) -> Iterator[Finding]:
         else "no queue.yaml: one queue, default"
     )
     yield Finding(OK, "settings", f"project root {case.settings.root}; {where}")
-    known = [f"DEFERLIB_{name.upper()}" for name in config.SETTINGS]
+    known = [name.upper() for name in config.SETTINGS]
     for name in unknown_variables():
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; `deferlib config` shows those there are"
+        close = difflib.get_close_matches(name.removeprefix("DEFERLIB_"), known, n=1)
+        hint = f"; did you mean DEFERLIB_{close[0]}?" if close else "; `deferlib config` shows those there are"
         yield Finding(WARNING, "settings", f"{name} is set, but is no setting{hint}")
 
 
@@ -148,6 +148,8 @@ def _key(case: Case) -> Iterator[Finding]:
             yield Finding(PROBLEM, "key", f"{file} is gone: what the store holds can't be verified any more; bring it back")
         else:
             yield Finding(NOTE, "key", f"{file} is not there yet; the first defer() makes it, or an engine")
+        return
+    if file is None and case.settings["key"] is None:  # in memory: every process makes its own key up
         return
     try:
         case.ring = case.runtime.ring
@@ -282,7 +284,7 @@ def _server(case: Case, subject: str, report: dict[str, Any]) -> Iterator[Findin
             f"{here}. Set DEFERLIB_STORE to the same for both"
         )  # fmt: skip
     gunicorn = report.get("gunicorn")
-    if isinstance(gunicorn, dict):
+    if gunicorn is not None:
         yield from _gunicorn(case, subject, gunicorn)
     elif report.get("threads") is False and report.get("processes") is False:
         yield Finding(WARNING, subject, _WAITS_FOR_ITSELF.format(report.get("server") or "its server", "more threads"))
@@ -294,11 +296,12 @@ _WAITS_FOR_ITSELF = (
 )
 
 
-def _gunicorn(case: Case, subject: str, settings: dict[str, Any]) -> Iterator[Finding]:
-    workers, threads, timeout = settings["workers"], settings["threads"], settings["timeout"]
-    synchronous = settings["kind"] == "sync" and threads == 1  # with threads, gunicorn takes gthread
-    if not synchronous:
-        return
+def _gunicorn(case: Case, subject: str, settings: object) -> Iterator[Finding]:
+    match settings:
+        case {"kind": "sync", "threads": 1, "workers": int(workers), "timeout": int() | float() as timeout}:
+            pass
+        case _:  # with threads, gunicorn takes gthread; what another version says may be anything
+            return
     if workers == 1:
         yield Finding(WARNING, subject, _WAITS_FOR_ITSELF.format("gunicorn with one sync worker", "--threads 8"))
     deadlines = {row.name: row.config.deadline / SECOND for row in case.queues} or {"default": 600.0}

@@ -74,7 +74,13 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--port", type=_port, default=8080, help="the port to listen at; 0 takes a free one (default: 8080)"
     )
-    add_flags(parser, [name for name in FLAGS if name != "app"])
+    add_flags(
+        parser,
+        [name for name in FLAGS if name != "app"],
+        targets="the base URL of a named target that is served elsewhere; may be repeated",
+        concurrency="requests at once (default: 32)",
+        grace=f"how long running calls may go on after Ctrl-C (default: {_GRACE:g})",
+    )
     parser.set_defaults(run=run)
 
 

@@ -20,6 +20,7 @@ class Gate:
         self._base = base
         self._open = False
         self._reloading = False
+        self._sent: set[tuple[int, int]] = set()  # to the app, not yet ended
 
     def open(self) -> None:
         """The app is there. From any thread."""
@@ -37,18 +38,18 @@ class Gate:
 
     def send(self, delivery: Delivery) -> None:
         self._transport.send(delivery)
+        if delivery.base == self._base:
+            self._sent.add(delivery.claim[:2])
 
     def results(self) -> Sequence[Result]:
-        results = self._transport.results()
-        if not self._reloading:
-            return results
-        return [each._replace(kind=Kind.INTERRUPTED) if each.kind is Kind.UNKNOWN else each for each in results]
+        return [self._told(result) for result in self._transport.results()]
 
     def cancel(self, id: int, claims: int) -> None:
+        self._sent.discard((id, claims))
         self._transport.cancel(id, claims)
 
     def withdraw(self) -> Sequence[Result]:
-        return self._transport.withdraw()
+        return [self._told(result) for result in self._transport.withdraw()]
 
     def wait(self, until: Micros) -> None:
         self._transport.wait(until)
@@ -58,3 +59,10 @@ class Gate:
 
     def close(self) -> None:
         self._transport.close()
+
+    def _told(self, result: Result) -> Result:
+        """Return *result*, as interrupted if it is of a call that the reload cut off."""
+        fence = (result.id, result.claims)
+        cut_off = self._reloading and result.kind is Kind.UNKNOWN and fence in self._sent
+        self._sent.discard(fence)
+        return result._replace(kind=Kind.INTERRUPTED) if cut_off else result

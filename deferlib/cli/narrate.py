@@ -60,7 +60,7 @@ class Paper:
 class _Event(NamedTuple):
     text: str
     colour: int
-    quiet: bool  # may be counted instead of shown
+    counted: str = ""  # as what it may be counted instead of shown; '' for never
 
 
 class Narrator:
@@ -82,13 +82,13 @@ class Narrator:
             if self._first(row.id):
                 wait = row.eta - now
                 text = f"queued: runs in {length(round(wait / SECOND) * SECOND)}" if wait >= SECOND else "queued"
-                self._tell(self._subject(row), _Event(text, _DIM, True))
+                self._tell(self._subject(row), _Event(text, _DIM, "queued"))
 
     def ended(self, now: Micros, claim: Claim, result: Result | None, outcome: Outcome) -> None:
         with self._lock:
             subject = self._subject(claim)
             if self._first(claim.id) and claim.created > self._began:  # its adder's word of it comes later than its end
-                self._tell(subject, _Event("queued", _DIM, True))
+                self._tell(subject, _Event("queued", _DIM, "queued"))
             self._tell(subject, _ending(now, claim, result, outcome))
 
     def tick(self) -> None:
@@ -114,9 +114,8 @@ class Narrator:
             self._sum_up()
             self._second, self._lines = second, 0
         self._lines += 1
-        if event.quiet and self._lines > _BURST:
-            word = event.text.split(":")[0].split(" ")[0]
-            self._counted[word] = self._counted.get(word, 0) + 1
+        if event.counted and self._lines > _BURST:
+            self._counted[event.counted] = self._counted.get(event.counted, 0) + 1
             return
         self._paper.line(subject, event.text, event.colour)
 
@@ -131,8 +130,8 @@ def _ending(now: Micros, claim: Claim, result: Result | None, outcome: Outcome) 
     ending = describe(now, claim, result, outcome)
     match outcome.action:
         case Action.DONE:
-            return _Event(ending.text, _GREEN, True)
+            return _Event(ending.text, _GREEN, "ran")
         case Action.DEAD:
-            return _Event(f"{ending.text} · deferlib tasks show {claim.public_name}", _RED, False)
-    quiet = result is not None and result.kind is Kind.UNSENT
-    return _Event(ending.text, _YELLOW if ending.level >= logging.WARNING else _DIM, quiet)
+            return _Event(f"{ending.text} · deferlib tasks show {claim.public_name}", _RED)
+    counted = "given back" if result is not None and result.kind is Kind.UNSENT else ""
+    return _Event(ending.text, _YELLOW if ending.level >= logging.WARNING else _DIM, counted)

@@ -44,7 +44,7 @@ def ask(base: str, ring: Keyring, clock: Clock) -> Answer:
         )
     except requests.ConnectionError as error:
         return Answer(problem=f"can't be reached: {_cause(error)}", unreachable=True)
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # ValueError: a Location that isn't text
         return Answer(problem=f"gives no proper answer: {type(error).__name__}: {error}"[:_LONGEST])
 
 

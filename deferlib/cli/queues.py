@@ -65,10 +65,10 @@ example:
 
 def add_to(commands: Commands) -> None:
     from deferlib.cli.settings import add_flags
-    from deferlib.cli.verbs import add_verb
+    from deferlib.cli.verbs import add_verb, add_verbs
 
     queues = commands.add_parser("queues", help="list, show, pause, resume or purge queues", allow_abbrev=False)
-    verbs = queues.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    verbs = add_verbs(queues)
 
     add = partial(add_verb, verbs)
     listing = add("list", "list the queues with what waits in them", _LIST, list_queues)

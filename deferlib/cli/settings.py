@@ -47,11 +47,12 @@ example:
 """
 
 
-def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Give *parser* the flags of the settings *names*."""
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str], **texts: str) -> None:
+    """Give *parser* the flags of the settings *names*; *texts* are the helps of those that mean something else there."""
     group = parser.add_argument_group("settings")
     for name in names:
         metavar, text = _HELP[name]
+        text = texts.get(name, text)
         action = "append" if name == "targets" else "store"
         group.add_argument(FLAGS[name], dest=f"setting_{name}", metavar=metavar, help=text, action=action)
 

@@ -71,10 +71,10 @@ example:
 
 def add_to(commands: Commands) -> None:
     from deferlib.cli.settings import add_flags
-    from deferlib.cli.verbs import add_verb
+    from deferlib.cli.verbs import add_verb, add_verbs
 
     tasks = commands.add_parser("tasks", help="list, show, run, retry or delete tasks", allow_abbrev=False)
-    verbs = tasks.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    verbs = add_verbs(tasks)
 
     add = partial(add_verb, verbs)
     listing = add("list", "list tasks or dead letters", _LIST, list_tasks)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from deferlib.cli.settings import Commands
+
+
+def add_verbs(parser: argparse.ArgumentParser) -> Commands:
+    """Prepare *parser* for verbs; without one, the command says which there are."""
+    from deferlib.cli import show_help
+
+    parser.set_defaults(run=partial(show_help, parser))
+    return parser.add_subparsers(title="commands", metavar="COMMAND")
 
 
 def add_verb(

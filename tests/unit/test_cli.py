@@ -167,8 +167,6 @@ def test_help_teaches_within_80_columns(cli: Cli, command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: COMMAND; see `deferlib --help`"),
-        (["tasks"], "required: COMMAND; see `deferlib tasks --help`"),
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["tasks", "list", "--limit", "0"], "'0' is not a whole number from 1 to 100000"),
         (["tasks", "list", "--limit", "x"], "'x' is not a whole number from 1 to 100000"),
@@ -195,6 +193,14 @@ def test_mistake_is_one_line_and_code_2(cli: Cli, argv: list[str], message: str)
     assert shown.err.startswith("deferlib: error: ")
     assert shown.err.count("\n") == 1
     assert message in shown.err
+
+
+@pytest.mark.parametrize(("argv", "verb"), [([], "doctor"), (["tasks"], "retry"), (["queues"], "purge")])
+def test_command_without_a_verb_says_which_there_are(cli: Cli, argv: list[str], verb: str) -> None:
+    shown = cli(*argv)
+
+    assert (shown.code, shown.out) == (2, "")
+    assert re.search(rf"^    {verb} +\w+", shown.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
