@@ -38,21 +38,13 @@ def answer(server: str, *, threads: bool, processes: bool) -> str:
             "python": platform.python_version(),
             "pid": os.getpid(),
             "folder": _folder(),
-            "store": store_of(runtime),
+            "store": runtime.store_name,
             "server": server,
             "threads": threads,
             "processes": processes,
             "gunicorn": _gunicorn(),
         }
     )
-
-
-def store_of(runtime: config.Runtime) -> str:
-    """Return which store *runtime* works on, comparable between processes of one machine."""
-    path = getattr(runtime.given_store, "path", None)
-    if path is None and runtime.given_store is None:
-        path = config.sqlite_path(runtime.settings["store"], runtime.settings.root)
-    return f"sqlite:///{path}" if path is not None else str(runtime.settings.all["store"].shown)
 
 
 def _version() -> str:

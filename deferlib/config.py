@@ -315,6 +315,14 @@ class Runtime:
                     self._ring = self._keys()
         return self._ring
 
+    @property
+    def store_name(self) -> str:
+        """Which store this is, the same in every process of the machine that works on it; passwords masked."""
+        path = getattr(self.given_store, "path", None)  # a store of another kind than ours may have none
+        if self.given_store is None:
+            path = sqlite_path(self.settings["store"], self.settings.root)
+        return str(self.settings.all["store"].shown) if path is None else f"sqlite:///{path}"
+
     def queues(self) -> list[QueueConfig]:
         """Return the configured queues: given ones, else queue.yaml's, else `default` alone; `default` is always there."""
         configs = self.given_queues

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deferlib import checkup, config
+from deferlib import config
 from deferlib.cli.probe import Answer, ask
 from deferlib.cli.settings import unknown_variables
 from deferlib.cli.show import rough
 from deferlib.cli.store import listed
-from deferlib.core.model import MINUTE, SECOND, Micros, Page, QueueRow, QueueStats, TaskState
+from deferlib.core.model import MINUTE, SECOND, Micros, Mode, Page, QueueConfig, QueueRow, QueueStats, TaskState
 from deferlib.errors import Error
 from deferlib.keys import Keyring
 from deferlib.store import Store
@@ -87,7 +87,7 @@ def _settings(case: Case) -> Iterator[Finding]:
 
 
 def _store(case: Case) -> Iterator[Finding]:
-    shown = checkup.store_of(case.runtime)
+    shown = case.runtime.store_name
     if case.path is None and case.settings["store"].startswith("sqlite:"):
         yield Finding(NOTE, "store", "in memory: every process has its own, and no command can look at it")
         return
@@ -277,7 +277,7 @@ def _unwell(subject: str, url: str, answer: Answer, *, chosen: bool) -> Finding:
 
 def _server(case: Case, subject: str, report: dict[str, Any]) -> Iterator[Finding]:
     """Judge what an app says of its process."""
-    here = checkup.store_of(case.runtime)
+    here = case.runtime.store_name
     if report.get("store") != here:
         yield Finding(
             PROBLEM, subject, f"it works on another store, {report.get('store')} (in {report.get('folder')}); here it is "
@@ -304,7 +304,9 @@ def _gunicorn(case: Case, subject: str, settings: object) -> Iterator[Finding]:
             return
     if workers == 1:
         yield Finding(WARNING, subject, _WAITS_FOR_ITSELF.format("gunicorn with one sync worker", "--threads 8"))
-    deadlines = {row.name: row.config.deadline / SECOND for row in case.queues} or {"default": 600.0}
+    pushed = [row.config for row in case.queues if row.config.mode is Mode.PUSH] or [QueueConfig(name="default")]
+    here = "" if subject == "app" else subject.removeprefix("target ")
+    deadlines = {queue.name: queue.deadline / SECOND for queue in pushed if queue.target == here}
     longer = [name for name, deadline in deadlines.items() if 0 < timeout < deadline]
     if longer:
         longest = max(deadlines[name] for name in longer)

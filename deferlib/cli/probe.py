@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from deferlib.deferred import DEFAULT_URL
 from deferlib.keys import Keyring
 
 _SECONDS = 5.0
+_MOST_BYTES = 64 * 1024
 _LONGEST = 300  # characters of an answer that are shown
 
 
@@ -36,16 +38,30 @@ def ask(base: str, ring: Keyring, clock: Clock) -> Answer:
     session.trust_env = False
     headers = {token.HEADER: signature, "User-Agent": "deferlib doctor"}
     try:
-        with session, session.get(base + DEFAULT_URL, headers=headers, timeout=_SECONDS, allow_redirects=False) as answer:
-            return _judged(answer.status_code, answer.headers, answer.text, answer.elapsed.total_seconds() * 1000)
+        url = base + DEFAULT_URL
+        with session, session.get(url, headers=headers, timeout=_SECONDS, allow_redirects=False, stream=True) as answer:
+            text = _text(answer)
+            return _judged(answer.status_code, answer.headers, text, answer.elapsed.total_seconds() * 1000)
     except requests.Timeout:
         return Answer(
             problem=f"does not answer within {_SECONDS:g} s: all its workers are busy, or it waits for itself",
         )
     except requests.ConnectionError as error:
+        if "closed connection without response" in str(error):
+            return Answer(problem="closes the connection without an answer: it speaks no HTTP, or its workers die")
         return Answer(problem=f"can't be reached: {_cause(error)}", unreachable=True)
     except (requests.RequestException, ValueError) as error:  # ValueError: a Location that isn't text
         return Answer(problem=f"gives no proper answer: {type(error).__name__}: {error}"[:_LONGEST])
+
+
+def _text(answer: Any) -> str:
+    """Return the beginning of an answer's body, as much of it as comes in time."""
+    until, data = time.monotonic() + _SECONDS, b""
+    for part in answer.iter_content(4096):
+        data += part
+        if len(data) >= _MOST_BYTES or time.monotonic() > until:
+            break
+    return data.decode("utf-8", "replace")
 
 
 def _judged(status: int, headers: Any, text: str, milliseconds: float) -> Answer:

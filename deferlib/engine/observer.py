@@ -54,7 +54,7 @@ def _again(now: Micros, result: Result, outcome: Outcome) -> Ending:
 
 def length(micros: Micros) -> str:
     """Return a span of time with two or three digits: "0.34 ms", "12 ms", "1.25 s", "3 m 20 s", "2 h 5 m"."""
-    if micros < SECOND // 10:
+    if micros < SECOND // 10 - 500:  # what would be rounded to 100 ms is 0.1 s
         return f"{micros / 1000:.2g} ms"
     if micros < 60 * SECOND:
         return f"{micros / SECOND:.3g} s"

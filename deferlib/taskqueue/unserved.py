@@ -31,7 +31,8 @@ def look(runtime: Runtime) -> None:
 
     For whoever adds tasks, whenever `runtime.look_at` has passed (by the monotonic clock): once a minute, 30 µs.
     """
-    if runtime.clock is not SYSTEM_CLOCK:  # a test's, which no engine of another process shares
+    in_memory = getattr(runtime.store, "path", None) == ":memory:"
+    if in_memory or runtime.clock is not SYSTEM_CLOCK:  # which no engine of another process shares
         runtime.look_at = _NEVER
         return
     runtime.look_at = time.monotonic() + PATIENCE
@@ -58,5 +59,5 @@ def _warn(runtime: Runtime) -> None:
         log.warning(
             "nothing has served %s for a minute, and tasks wait: start `deferlib engine`, or `deferlib dev` while you "
             "work; `deferlib doctor` looks further",
-            runtime.settings.all["store"].shown,
+            runtime.store_name,
         )

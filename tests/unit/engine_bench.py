@@ -12,6 +12,7 @@ from typing import Any
 from deferlib.core.model import SECOND, Delivery, Kind, NewTask, QueueConfig, QueueSource, Result, TaskRow
 from deferlib.core.scheduler import Rules, Scheduler
 from deferlib.engine.engine import Engine
+from deferlib.engine.observer import Observer
 from deferlib.store.sqlite import SqliteStore
 from deferlib.testing import VirtualClock
 
@@ -106,9 +107,19 @@ class Bench:
         self.carrier = Carrier(self.clock)
         self.engine = self.boot("me", self.carrier)
 
-    def boot(self, node: str, carrier: Carrier) -> Engine:
+    def boot(self, node: str, carrier: Carrier, *, observer: Observer | None = None, take_over: bool = False) -> Engine:
         scheduler = Scheduler(Rules(node=node, lease=LEASE, base="http://app", targets={}), Random(0))
-        return Engine(self.store, carrier, scheduler, self.clock, node=node, lease=LEASE, step=self.step)  # type: ignore[arg-type]  # the store's wrapper passes everything on
+        return Engine(
+            self.store,  # type: ignore[arg-type]  # the store's wrapper passes everything on
+            carrier,
+            scheduler,
+            self.clock,
+            node=node,
+            lease=LEASE,
+            observer=observer,
+            take_over=take_over,
+            step=self.step,
+        )
 
     def step(self, name: str) -> None:
         self.steps[name] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -85,7 +86,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def cli(project: Path, capfd: pytest.CaptureFixture[str]) -> Cli:
+def cli(project: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     """Runs a command; its output can't do anything to a terminal, whatever it was."""
 
     def run(*argv: str) -> Run:
@@ -98,7 +99,10 @@ def cli(project: Path, capfd: pytest.CaptureFixture[str]) -> Cli:
             assert all(line.isprintable() for line in text.split("\n")), repr(text)
         return Run(code, out, err)
 
-    return run
+    log = logging.getLogger("deferlib")
+    level = log.level
+    yield run
+    log.setLevel(level)  # `engine` sets it for its process
 
 
 @pytest.fixture

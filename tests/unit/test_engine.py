@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 
-from deferlib.core.model import MINUTE, SECOND, ClaimSpec, QueueConfig, QueueSource
+from deferlib.core.model import (
+    MINUTE,
+    SECOND,
+    Action,
+    Claim,
+    ClaimSpec,
+    Kind,
+    Micros,
+    Outcome,
+    QueueConfig,
+    QueueSource,
+    Result,
+    RetryPolicy,
+)
 from deferlib.errors import EnqueueUnknownError, StoreBusyError, StoreFullError
 from deferlib.store.sqlite_tx import SqliteTx
 from tests.unit.engine_bench import LEASE, Bench, Carrier
@@ -436,3 +450,210 @@ def test_store_that_fails_to_the_end_does_not_keep_the_engine_from_stopping(benc
     bench.engine.run()
 
     assert bench.now - begun == 2 * SECOND
+
+
+# --- the observer ---------------------------------------------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """What an observer was told of one delivery."""
+
+    id: int
+    attempt: int
+    kind: Kind | None
+    action: Action
+
+
+class Notebook:
+    """An observer that writes everything down."""
+
+    def __init__(self) -> None:
+        self.told: list[Ended] = []
+
+    def ended(self, now: Micros, claim: Claim, result: Result | None, outcome: Outcome) -> None:
+        assert (claim.id, claim.claims) == (outcome.id, outcome.claims)
+        self.told.append(Ended(claim.id, claim.attempts, None if result is None else result.kind, outcome.action))
+
+
+@pytest.fixture
+def notebook(bench: Bench) -> Notebook:
+    notebook = Notebook()
+    bench.engine = bench.boot("me", bench.carrier, observer=notebook)
+    return notebook
+
+
+def test_observer_is_told_of_every_ending_once(bench: Bench, notebook: Notebook) -> None:
+    first, second = bench.deliver(1, 2)
+    assert notebook.told == [], "nothing has ended"
+    bench.carrier.answer(first)
+    bench.carrier.answer(second, 500)
+
+    for _ in range(3):
+        bench.engine.turn()
+
+    assert notebook.told == [Ended(1, 1, Kind.ANSWERED, Action.DONE), Ended(2, 1, Kind.ANSWERED, Action.RETRY)]
+
+
+def test_observer_is_told_of_each_attempt(bench: Bench, notebook: Notebook) -> None:
+    bench.put(QueueConfig(name="default", retry=RetryPolicy(retry_limit=1)))
+    bench.add(1)
+    for _ in range(2):
+        bench.engine.turn()
+        bench.carrier.answer(bench.carrier.sent[0], 500)
+        bench.clock.move_to(bench.engine.turn())
+
+    assert notebook.told == [Ended(1, 1, Kind.ANSWERED, Action.RETRY), Ended(1, 2, Kind.ANSWERED, Action.DEAD)]
+
+
+@pytest.mark.parametrize(
+    ("moment", "error"),
+    [("before_begin", StoreBusyError), ("before_commit", StoreFullError), ("after_commit", EnqueueUnknownError)],
+)
+def test_observer_is_told_once_though_the_transaction_fails(
+    bench: Bench, notebook: Notebook, moment: str, error: type[Exception]
+) -> None:
+    [delivery] = bench.deliver(1)
+    bench.carrier.answer(delivery)
+    setattr(bench.store, moment, fail(error))
+    with pytest.raises(error):
+        bench.engine.turn()
+
+    setattr(bench.store, moment, lambda: None)
+    bench.engine.turn()
+
+    assert notebook.told == [Ended(1, 1, Kind.ANSWERED, Action.DONE)]
+
+
+def test_observer_is_told_of_claims_that_are_refused(bench: Bench, notebook: Notebook) -> None:
+    config = QueueConfig(name="default", target="nowhere")
+    bench.store.real.run(lambda tx: tx.put_queues([config], QueueSource.COMMAND))
+
+    bench.deliver(1, 2)
+    bench.engine.turn()
+
+    assert notebook.told == [Ended(1, 1, None, Action.RELEASE), Ended(2, 1, None, Action.RELEASE)]
+
+
+def test_observer_is_told_of_a_refused_claim_only_once_that_is_committed(bench: Bench, notebook: Notebook) -> None:
+    config = QueueConfig(name="default", target="nowhere")
+    bench.store.real.run(lambda tx: tx.put_queues([config], QueueSource.COMMAND))
+    bench.add(1)
+    bench.store.before_commit = fail(StoreBusyError)
+    with pytest.raises(StoreBusyError):
+        bench.engine.turn()
+    before = list(notebook.told)
+
+    bench.store.before_commit = lambda: None
+    bench.engine.turn()
+
+    assert before == []
+    assert notebook.told == [Ended(1, 1, None, Action.RELEASE)]
+
+
+def test_observer_is_told_of_what_is_given_back(bench: Bench, notebook: Notebook) -> None:
+    bench.deliver(1)
+
+    bench.engine.drain()
+    bench.engine.turn()
+
+    assert notebook.told == [Ended(1, 1, Kind.UNSENT, Action.RELEASE)]
+
+
+def test_observer_is_not_told_of_a_lease_that_was_lost(bench: Bench, notebook: Notebook) -> None:
+    [delivery] = bench.deliver(1)
+    bench.clock.advance(31)
+    bench.store.real.run(lambda tx: tx.claim(bench.now, [ClaimSpec("default", 1, 1, bench.now + LEASE)]))
+    bench.engine.turn()
+
+    bench.carrier.found.append(Result(*delivery.claim[:2], Kind.ANSWERED, bench.now, bench.now, 200))
+    bench.engine.turn()
+
+    assert notebook.told == [], "whoever has it now tells its end"
+
+
+def test_observer_is_told_of_what_the_transport_does_not_take(bench: Bench, notebook: Notebook) -> None:
+    bench.add(1)
+    bench.carrier.broken = True
+    with pytest.raises(OSError, match="too many open files"):
+        bench.engine.turn()
+
+    bench.engine.turn()
+
+    assert notebook.told == [Ended(1, 1, Kind.UNKNOWN, Action.RETRY)]
+
+
+# --- taking over ----------------------------------------------------------------------------------------------------
+
+
+def left_behind(bench: Bench) -> None:
+    """Have a task that an engine which is gone was running, of a queue that it owned."""
+    bench.put(QueueConfig(name="narrow", max_concurrent=1))
+    bench.deliver(1, queue="narrow")
+    bench.carrier.sent.clear()
+    bench.clock.advance(1)
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_first_engine_ends_the_leases_it_finds_only_if_it_takes_over(
+    bench: Bench, caplog: pytest.LogCaptureFixture, take_over: bool
+) -> None:
+    left_behind(bench)
+    other = Carrier(bench.clock)
+    successor = bench.boot("other", other, take_over=take_over)
+    sent: list[tuple[int, int]] = []
+
+    def look() -> None:
+        sent.extend((delivery.claim.id, delivery.claim.lost) for delivery in other.sent)
+        successor.stop(0)
+
+    other.during_wait.append(look)
+    successor.run()
+
+    assert sent == ([(1, 1)] if take_over else [])
+    assert ("the last engine was killed with 1 tasks running; they run again now" in caplog.text) is take_over
+
+
+def test_engine_beside_another_one_takes_nothing_over(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    left_behind(bench)
+    other = Carrier(bench.clock)
+    successor = bench.boot("other", other, take_over=True)
+    other.during_wait.append(lambda: successor.stop(0))
+
+    with bench.store.real.serving(lambda: None):
+        successor.run()
+
+    row = bench.row(1, "narrow")
+    assert row is not None
+    assert (row.state(bench.now), row.lost) == ("leased", 0)
+    assert caplog.records == []
+
+
+def test_first_engine_that_finds_nothing_running_says_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.add(1)
+    successor = bench.boot("other", Carrier(bench.clock), take_over=True)
+    successor.stop(0)
+
+    successor.run()
+
+    assert caplog.records == []
+
+
+def test_takeover_that_fails_leaves_the_leases_to_run_out(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    left_behind(bench)
+    other = Carrier(bench.clock)
+    successor = bench.boot("other", other, take_over=True)
+
+    def heal() -> None:
+        bench.store.before_begin = lambda: None
+        bench.clock.advance(30)
+
+    def answer() -> None:
+        other.answer(other.sent[0])
+
+    bench.store.before_begin = fail(StoreBusyError)
+    other.during_wait += [heal, lambda: None, answer, lambda: successor.stop(0)]
+
+    successor.run()
+
+    assert "the leases that another engine left run out by themselves: on purpose" in caplog.text
+    assert bench.row(1, "narrow") is None, "it ran in the end"

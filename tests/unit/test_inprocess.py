@@ -113,10 +113,14 @@ def test_block_that_raises_starts_nothing_more() -> None:
         start_response("200 OK", [])
         return []
 
-    with pytest.raises(ZeroDivisionError), deferlib.running(app):
-        assert started.acquire(timeout=PATIENCE)
-        threading.Timer(0.05, finish.set).start()
-        raise ZeroDivisionError
+    def broken() -> None:
+        with deferlib.running(app):
+            assert started.acquire(timeout=PATIENCE)
+            threading.Timer(0.05, finish.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
 
     runtime = config.runtime()
     with runtime.store.read() as tx:
@@ -217,7 +221,9 @@ def test_app_whose_startup_fails_says_why_and_leaves_nothing_behind() -> None:
         deferlib.running(Asgi(fail="Traceback:\n  ...\nno database\n")),
     ):
         pass
-    left = [thread for thread in threading.enumerate() if thread.name.startswith("deferlib") and "unserved" not in thread.name]
+    left = [
+        thread for thread in threading.enumerate() if thread.name.startswith("deferlib") and "unserved" not in thread.name
+    ]
     for thread in left:  # an idle pool's threads are told to end; nobody waits for them
         thread.join(10)
     assert not [thread for thread in left if thread.is_alive()]
