@@ -298,6 +298,11 @@ class Runtime:
         self._lock = threading.Lock()
 
     @property
+    def opened(self) -> bool:
+        """Whether its store or its keys have been used."""
+        return self._store is not None or self._ring is not None
+
+    @property
     def store(self) -> Store:
         """The store, opened, migrated and with every configured queue in it."""
         if self._store is None:

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_text(argument):
             fail(f"argument {argument!r} is not text in this terminal's encoding")
             return REFUSED
-    arguments = _parser().parse_args(given)
     try:
+        arguments = _parser().parse_args(given)
         code: int = arguments.run(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -23,7 +23,7 @@ from deferlib import config
 from deferlib.cli.load import check_spec
 from deferlib.cli.settings import FLAGS, add_flags, given
 from deferlib.core.model import SECOND, QueueConfig
-from deferlib.errors import ConfigError, Error
+from deferlib.errors import ConfigError, Error, StoreError
 
 if TYPE_CHECKING:
     from deferlib.cli.gate import Gate
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _GRACE = 5.0  # seconds for running calls at Ctrl-C, unless --grace says otherwise
 _CHILD_SECONDS = 3.0  # for the app to end
+_SHORT_LIFE = 2.0  # seconds: an app that dies sooner is started again after a rest
+_REST = 1.0
 _RELOAD = 3  # the child's exit code when a file has changed
 _YELLOW, _RED, _CYAN = 33, 31, 36
 _EPILOG = """\
@@ -124,12 +126,18 @@ class _Child:
         self._events = events
         self._shut = shut
         self.ready = False
+        self.leaving = False  # it has announced a reload
         self._reports = os.fdopen(reports, encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deferlib.cli.devapp", json.dumps(plan)],
-            pass_fds=mine,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        # Ctrl-C reaches the child too: it waits there until the child has said what it means to it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deferlib.cli.devapp", json.dumps(plan)],
+                pass_fds=mine,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(their_reports)
         os.close(their_life)
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -141,6 +149,7 @@ class _Child:
             for line in self._reports:
                 report = json.loads(line)
                 if "reloading" in report:  # here and now: the child waits for it before it breaks its connections
+                    self.leaving = True
                     self._shut()
                     os.write(self._life, b".")
                 self._events.put((self, report))
@@ -180,7 +189,7 @@ class Dev:
         self._flags = flags
         grace = settings.all["grace"]
         self._grace = _GRACE if grace.source == "default" else grace.value
-        self._plan = {"app": app, "given": flags, "flags": FLAGS}
+        self._plan = {"app": app, "given": flags, "flags": FLAGS, "ended": ""}
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._paper = Paper()
         self._child: _Child | None = None
@@ -213,9 +222,9 @@ class Dev:
         finally:
             self._stop()
 
-    def _start(self) -> None:
+    def _start(self, ended: str = "") -> None:
         self._began = time.monotonic()
-        self._child = _Child(self._plan, self._listener, self._events, self._shut)
+        self._child = _Child({**self._plan, "ended": ended}, self._listener, self._events, self._shut)
 
     def _shut(self, *, reloading: bool = True) -> None:
         if self._delivery is not None:
@@ -233,7 +242,7 @@ class Dev:
             case {"ready": settings}:
                 assert child is not None
                 child.ready = True
-                self._ready(settings)
+                self._ready(child, settings)
             case {"failed": text}:
                 return self._failed(text, report)
             case {"ended": code}:
@@ -242,7 +251,7 @@ class Dev:
                 return self._ended(child, code)
         return None
 
-    def _ready(self, report: dict[str, Any]) -> None:
+    def _ready(self, child: _Child, report: dict[str, Any]) -> None:
         """The app is served: let the engine deliver to it, a new one if it uses other settings than before."""
         if self._delivery is not None and self._delivery.report != report:
             self._paper.line("settings", "changed: a new engine starts", _CYAN)
@@ -254,6 +263,8 @@ class Dev:
         else:
             self._paper.line(self._app, f"reloaded in {time.monotonic() - self._began:.1f} s", _CYAN)
         self._delivery.gate.open()
+        if child.leaving:  # saved again meanwhile: its word of that was heard before this one
+            self._shut()
 
     def _greet(self, report: dict[str, Any]) -> None:
         from deferlib import __version__
@@ -284,16 +295,23 @@ class Dev:
         return None
 
     def _ended(self, child: _Child, code: int) -> int | None:
-        if code == _RELOAD:
+        if code == _RELOAD and child.leaving:
             self._start()
             return None
         how = f"was killed by {_signal(-code)}" if code < 0 else f"ended with exit code {code}"
         if not child.ready:
-            from deferlib.cli import fail
+            how = f"the process of {self._app} {how} while it started"
+            if self._delivery is None:
+                from deferlib.cli import fail
 
-            fail(f"the process of {self._app} {how} while it started")
-            return 1
+                fail(how)
+                return 1
+            self._paper.line(self._app, f"{how}; save a file to try again", _RED)
+            self._start(how)
+            return None
         self._shut(reloading=False)
+        if time.monotonic() - self._began < _SHORT_LIFE:
+            time.sleep(_REST)
         self._paper.line(self._app, f"{how}: it is started again", _RED)
         self._start()
         return None
@@ -350,8 +368,11 @@ class _Delivery:
 
     def added(self, id: int) -> None:
         """Tell of a task that the app says it has added."""
-        with self.runtime.store.read() as tx:
-            rows = tx.find(None, [str(id)])
+        try:
+            with self.runtime.store.read() as tx:
+                rows = tx.find(None, [str(id)])
+        except StoreError:  # the engine tells
+            return
         for row in rows:
             if row.id == id and row.due is not None:
                 self.narrator.queued(row, self.runtime.clock.now())

@@ -15,16 +15,20 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from deferlib import config
-from deferlib.cli.load import AppBroken, load_app
+from deferlib import config, token
+from deferlib.cli.load import AppBroken, Stopped, load_app
 from deferlib.cli.logs import log_to_stderr
 from deferlib.cli.narrate import Paper
 from deferlib.errors import ConfigError, Error
 
 _LOOK_SECONDS = 0.5  # between two looks at the files
 _ACK_SECONDS = 2.0
+_EXIT_SECONDS = 2.0  # for the app to end by itself
+_STARTUP_FAILED = "the app's startup failed; its error is in the terminal"
 RELOAD = 3  # the exit code of werkzeug's reloader
 
 
@@ -36,6 +40,7 @@ class Plan:
         self.app: str = raw["app"]
         self.given: dict[str, str] = raw["given"]
         self.flags: dict[str, str] = raw["flags"]
+        self.ended: str = raw["ended"]  # how the last process ended while it imported the app; '' if it did not
         self.socket: int = raw["socket"]
         self.reports: int = raw["reports"]
         self.parent: int = raw["parent"]
@@ -48,9 +53,18 @@ class Reports:
         self._descriptor = plan.reports
         self._lock = threading.Lock()
         self._heard = threading.Event()
+        os.register_at_fork(after_in_child=self._forked)
         threading.Thread(target=self._listen, args=(plan.parent,), daemon=True).start()
 
+    def _forked(self) -> None:
+        """Let go: a process that the app has forked must not keep the parent waiting for the end of this one."""
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._lock = threading.Lock()
+
     def send(self, **document: object) -> None:
+        if self._descriptor < 0:
+            return
         try:
             with self._lock:
                 os.write(self._descriptor, (json.dumps(document) + "\n").encode())
@@ -87,9 +101,10 @@ def main(argument: str) -> None:
     plan = Plan(argument)
     for descriptor in (plan.socket, plan.reports, plan.parent):
         os.set_inheritable(descriptor, False)
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    _take_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the parent has blocked it
     os.environ["WERKZEUG_RUN_MAIN"] = "true"
+    os.environ["FLASK_RUN_FROM_CLI"] = "true"  # Flask ignores an app.run() outside of `if __name__ == "__main__"`
     reports = Reports(plan)
     _quiet_werkzeug()
     from werkzeug._reloader import ensure_echo_on, reloader_loops
@@ -97,20 +112,41 @@ def main(argument: str) -> None:
     ensure_echo_on()
     # Not run_with_reloader: here the reloader looks at the files before the app is imported, so that no save is missed, and
     # the app is imported in the main thread, where it may set signal handlers.
-    with reloader_loops["auto"](interval=_LOOK_SECONDS, exclude_patterns=_not_the_users()) as reloader:
-        serve, stop = _prepared(plan, reports)
+    reloader = reloader_loops["stat"](_setting_files(plan), _not_the_users(), _LOOK_SECONDS)
+    with reloader:
+        serve, stop = _prepared(plan, reports, reloader)
+        _take_signals()  # again: the app may have put its own in their place
         threading.Thread(target=serve, name="deferlib-app", daemon=True).start()
         try:
             reloader.run()
         except SystemExit as end:
             if end.code == RELOAD:
                 reports.reloading()
+            _end_within(_EXIT_SECONDS, RELOAD if end.code == RELOAD else 0)
             stop()
             raise
 
 
-def _prepared(plan: Plan, reports: Reports) -> tuple[Callable[[], None], Callable[[], None]]:
+def _take_signals() -> None:
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, _stopped)
+
+
+def _stopped(number: int, frame: object) -> None:
+    raise Stopped
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End the process even if one of its threads, or something else that exits wait for, does not."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def _prepared(plan: Plan, reports: Reports, reloader: Any) -> tuple[Callable[[], None], Callable[[], None]]:
     """Import the app; return what serves it and what ends that. An app that fails is served as a page that says so."""
+    if plan.ended:
+        return _wsgi(plan, _apology(plan.ended), lambda: None)
     try:
         app = _loaded(plan)
         settings = _in_use()
@@ -119,10 +155,13 @@ def _prepared(plan: Plan, reports: Reports) -> tuple[Callable[[], None], Callabl
         trace = _trace(cause) if isinstance(error, AppBroken) and cause is not None else ""
         reports.send(failed=str(error), trace=trace, fatal=not isinstance(error, AppBroken))
         return _wsgi(plan, _apology(trace or str(error)), lambda: None)
-    log_to_stderr("info")
+    reloader.extra_files.clear()  # they are looked at only while a mistake may be in them
+    log_to_stderr("info", lines=True)
     client = logging.getLogger("deferlib.client")
     client.addHandler(_Additions(reports))
     client.setLevel(logging.DEBUG)
+    for name in ("deferlib.client", "deferlib.handler", "werkzeug"):  # the app's dictConfig may have silenced them
+        logging.getLogger(name).disabled = False
     client.propagate = False
 
     def ready() -> None:
@@ -137,13 +176,26 @@ def _prepared(plan: Plan, reports: Reports) -> tuple[Callable[[], None], Callabl
     return _wsgi(plan, wrap_wsgi_app(app), ready)
 
 
+def _setting_files(plan: Plan) -> list[str]:
+    """Return the files beside the code where a mistake may be."""
+    root = config.find_root(Path.cwd())
+    return [str(root / name) for name in ("pyproject.toml", plan.given.get("queues") or "queue.yaml")]
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("DEFERLIB_")}
+
+
 def _loaded(plan: Plan) -> Any:
+    before = _variables()
     runtime = config.Runtime(settings=config.load_settings(plan.given, flags=plan.flags))
     config.install(runtime)  # before the app is imported, so that it finds the store that the flags name
     app = load_app(plan.app)
     current = config.runtime()
     if current is not runtime:
         current.prefer(runtime.settings, plan.given.keys())
+    elif _variables() != before and not runtime.opened:  # the app has loaded its .env
+        config.install(config.Runtime(settings=config.load_settings(plan.given, flags=plan.flags)))
     return app
 
 
@@ -161,7 +213,13 @@ def _in_use() -> dict[str, Any]:
     _ = runtime.store, runtime.ring  # now, where an error of theirs is told
     settings = {name: setting.value for name, setting in runtime.settings.all.items() if setting.value is not None}
     queues = None if runtime.given_queues is None else [queue.to_json() for queue in runtime.given_queues]
-    return {"settings": {**settings, "store": f"sqlite:///{path}"}, "queues": queues, "key_file": runtime.key_file()}
+    status = os.stat(path)  # which file: one that was removed and made anew needs a new engine
+    return {
+        "settings": {**settings, "store": f"sqlite:///{path}"},
+        "queues": queues,
+        "key_file": runtime.key_file(),
+        "file": [status.st_dev, status.st_ino],
+    }
 
 
 # --- serving --------------------------------------------------------------------------------------------------------
@@ -200,14 +258,18 @@ def _asgi(
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.should_exit:
-                reports.send(failed="the app's startup failed; see above", trace="", fatal=False)
-            else:
+            with suppress(SystemExit):  # so it ends if the app's lifespan fails
+                await super().startup(sockets)
+            if self.started:
                 ready()
+            else:
+                self.should_exit = True
+                reports.send(failed=_STARTUP_FAILED, trace="", fatal=False)
 
     settings = uvicorn.Config(wrap_asgi_app(app), log_level="info", log_config=None, timeout_graceful_shutdown=1)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    errors = logging.getLogger("uvicorn.error")
+    errors.setLevel(logging.WARNING)
+    errors.addFilter(_not_of_the_end)
     access = logging.getLogger("uvicorn.access")
     access.propagate = False
     access.addHandler(_Access(Paper()))
@@ -219,12 +281,20 @@ def _asgi(
             server.run(sockets=[socket.socket(fileno=os.dup(plan.socket))])
         finally:
             ended.set()
+        if not server.started:
+            _wsgi(plan, _apology(_STARTUP_FAILED), lambda: None)[0]()
 
     def stop() -> None:
         server.should_exit = True
         ended.wait(3)
 
     return serve, stop
+
+
+def _not_of_the_end(record: logging.LogRecord) -> bool:
+    """Tell whether *record* is worth showing: what the end of the server cuts off is told by the engine."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "CancelledError" and not str(record.msg).startswith("Cancel %s running task")
 
 
 class _Access(logging.Handler):
@@ -247,6 +317,7 @@ def _apology(text: str) -> Callable[[dict[str, Any], Callable[..., Any]], Iterab
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+        headers.append((token.OUTCOME, "untrusted"))  # an engine that comes here all the same charges no task for it
         start_response("500 Internal Server Error", headers)
         return [body]
 

@@ -12,7 +12,8 @@ class Gate:
     """A transport that delivers to *base* only while the app is there, and tells a reload from a failure.
 
     Shut, it has no room: what is due waits in the store, uncharged. Calls that a reload cuts off are reported as
-    interrupted, so that they run again at once.
+    interrupted, so that they run again at once: those whose connection breaks, and those that fail because the process
+    around them ends, or meet the page in the app's place.
     """
 
     def __init__(self, transport: Transport, base: str) -> None:
@@ -60,9 +61,18 @@ class Gate:
     def close(self) -> None:
         self._transport.close()
 
+    def _says_nothing(self, result: Result) -> bool:
+        """Tell whether *result* says more of an app that goes, or of the page in its place, than of the call."""
+        match result.kind:
+            case Kind.UNKNOWN:
+                return self._reloading
+            case Kind.ANSWERED:
+                return result.outcome in ("retry", "untrusted") or not (result.outcome or 200 <= result.status <= 299)
+        return result.kind in (Kind.MALFORMED, Kind.TIMEOUT)
+
     def _told(self, result: Result) -> Result:
         """Return *result*, as interrupted if it is of a call that the reload cut off."""
         fence = (result.id, result.claims)
-        cut_off = self._reloading and result.kind is Kind.UNKNOWN and fence in self._sent
+        cut_off = not self._open and fence in self._sent and self._says_nothing(result)
         self._sent.discard(fence)
         return result._replace(kind=Kind.INTERRUPTED) if cut_off else result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -37,9 +38,12 @@ def load_app(spec: str) -> Any:
     if not callable(found):
         raise AppError(f"{spec}: is {_a(found)}, not a WSGI or ASGI app")
     if not form["call"]:
+        _check_arguments(spec, found)
         return found
     try:
         made = found()
+    except Stopped:
+        raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise _broken(f"{form['path']}() failed", error) from error
     if not callable(made):
@@ -59,6 +63,24 @@ def check_spec(spec: str) -> re.Match[str]:
 
 class AppBroken(AppError):
     """The app's own code failed while it was imported."""
+
+
+def _check_arguments(spec: str, app: Any) -> None:
+    """Refuse a function that takes the arguments of neither kind of app: it makes one, most likely."""
+    if not inspect.isfunction(app):
+        return
+    signature = inspect.signature(app)
+    if not any(_takes(signature, count) for count in (2, 3)):
+        hint = f"; did you mean '{spec}()'?" if _takes(signature, 0) else ""
+        raise AppError(f"{spec}: is a function that takes the arguments of neither a WSGI nor an ASGI app{hint}")
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 class Stopped(SystemExit):

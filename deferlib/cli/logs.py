@@ -9,13 +9,13 @@ from typing import Any
 from deferlib.cli.show import safe
 
 
-def log_to_stderr(level: str) -> None:
-    """Show our log, and the app's unless it has set up its own."""
+def log_to_stderr(level: str, *, lines: bool = False) -> None:
+    """Show our log, and the app's unless it has set up its own; with *lines*, a message's further lines below its first."""
     logging.getLogger("deferlib").setLevel(level.upper())
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter((_Lines if lines else _Formatter)("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
         root.setLevel(level.upper())
 
@@ -28,3 +28,11 @@ class _Formatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(safe(line) for line in super().formatException(ei).split("\n"))
+
+
+class _Lines(_Formatter):
+    """Keeps the lines of a message apart, indented, so that none looks like a record of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = logging.Formatter.formatMessage(self, record)
+        return "\n    ".join(safe(line) for line in text.rstrip().split("\n"))

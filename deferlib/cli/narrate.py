@@ -26,6 +26,8 @@ _SUBJECT = 34  # columns of what a line is about, at least
 _KNOWN = 100_000  # tasks whose adding was told
 _BURST = 40  # lines a second about what goes well; more would be a blur
 
+_printing = threading.Lock()
+
 _DIM, _GREEN, _YELLOW, _RED, _BOLD = 2, 32, 33, 31, 1
 
 
@@ -53,8 +55,9 @@ class Paper:
         return self.coloured(text, _BOLD)
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError, AttributeError):  # whoever read it has gone
-            print(text, flush=True)
+        with suppress(OSError, ValueError, AttributeError), _printing:  # whoever read it has gone
+            sys.stdout.write(f"{text}\n")  # in one piece: other threads, and the app's process, write there too
+            sys.stdout.flush()
 
 
 class _Event(NamedTuple):

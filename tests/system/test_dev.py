@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -319,6 +321,7 @@ async def do(name: str):
         ("nowhere:app", (), "there is no module 'nowhere'"),
         ("deskapp:ap", (), "deskapp has no 'ap'; did you mean 'app'?"),
         ("deskapp:GREETING", (), "is a str, not a WSGI or ASGI app"),
+        ("deskapp:pid", (), "did you mean 'deskapp:pid()'?"),
         ("deskapp.py", (), "'deskapp.py' is not MODULE:APP, like deskapp:app"),
         ("deskapp:app", ("--store", "sqlite:///:memory:"), "a store in memory can't be shared"),
         ("deskapp:app", ("--store", "sqlite:///deskapp.py"), "deskapp.py"),
@@ -350,3 +353,180 @@ def test_app_that_ends_its_process_while_it_starts_is_said_in_one_line(desk: Des
         assert process.wait(TIMEOUT) == 1
 
     assert desk.out == "deferlib: error: the process of deskapp:app ended with exit code 7 while it started\n"
+
+
+# --- what a reload must not do ----------------------------------------------------------------------------------------
+
+NO_RETRY = "_retry_options=deferlib.taskqueue.TaskRetryOptions(task_retry_limit=0)"
+LOAD = f"""
+import os, time
+import deferlib
+from concurrent.futures import ThreadPoolExecutor
+
+POOL = ThreadPoolExecutor(2)
+COUNT = 300
+
+def mark(number):
+    POOL.submit(time.sleep, 0.005).result()
+    os.close(os.open(f"ran-{{number}}", os.O_CREAT))
+
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/fill":
+        for number in range(COUNT):
+            deferlib.defer(mark, number, {NO_RETRY})
+    start_response("200 OK", [])
+    return [b"ok"]
+
+MISTAKES = 0
+"""
+
+
+def test_saves_and_mistakes_under_load_lose_and_charge_no_task(desk: Desk) -> None:
+    desk.write(LOAD)
+    with desk.dev("--concurrency", "8"):
+        desk.sees("queues")
+        desk.get("/fill")
+        for round in range(3):
+            desk.save(f"MISTAKES = {round}", "MISTAKES = =")
+            desk.sees("can't be imported", round + 1)
+            desk.save("MISTAKES = =", f"MISTAKES = {round + 1}")
+            desk.sees("reloaded in", round + 1)
+        wait_until(lambda: len(list(desk.folder.glob("ran-*"))) == 300, "every call ran")
+
+    assert "dead letter" not in desk.out
+
+
+ASGI_APP = f"""
+import asyncio, time
+import deferlib
+from fastapi import FastAPI
+
+app = FastAPI()
+SECONDS = 60
+
+async def wait():
+    print("it waits")
+    await asyncio.sleep(SECONDS)
+    print("it is over")
+
+def block():
+    print("it blocks")
+    time.sleep(SECONDS)
+    print("it is over")
+
+@app.get("/do/{{name}}")
+async def do(name: str):
+    await deferlib.using({NO_RETRY[1:]}).adefer(globals()[name])
+    return "Later."
+"""
+
+
+@pytest.mark.parametrize(("call", "begins"), [("wait", "it waits"), ("block", "it blocks")])
+def test_asgi_call_cut_off_by_a_reload_is_neither_charged_nor_waited_for(desk: Desk, call: str, begins: str) -> None:
+    desk.write(ASGI_APP)
+    with desk.dev():
+        desk.sees("queues")
+        desk.get(f"/do/{call}")
+        desk.sees(begins)
+        desk.save("SECONDS = 60", "SECONDS = 0")
+        desk.sees("it is over")
+
+    assert "was cut off by the reload" in desk.out
+    assert "dead letter" not in desk.out
+
+
+def test_thread_that_never_ends_holds_up_no_reload(desk: Desk) -> None:
+    desk.save("GREETING =", "import threading\nthreading.Thread(target=time.sleep, args=(3600,)).start()\nGREETING =")
+    with desk.dev():
+        desk.sees("queues")
+        desk.save('"Hello"', '"Good day"')
+        desk.sees("reloaded in")
+        desk.get("/do/greet/Ada")
+        desk.sees("Good day, Ada!")
+
+
+def test_store_that_is_removed_and_made_again_gets_a_new_engine(desk: Desk) -> None:
+    with desk.dev() as process:
+        desk.sees("queues")
+        shutil.rmtree(desk.folder / ".deferlib")
+        desk.save('"Hello"', '"Good day"')
+        desk.sees("a new engine starts")
+        desk.get("/do/greet/Ada")
+        desk.sees("Good day, Ada!")
+
+        assert process.poll() is None
+
+
+def test_settings_that_the_app_puts_into_its_environment_count(desk: Desk) -> None:
+    desk.save("GREETING =", 'os.environ["DEFERLIB_STORE"] = "sqlite:///env.db"\nGREETING =')
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/do/greet/Ada")
+        desk.sees("Hello, Ada!")
+
+    assert (desk.folder / "env.db").exists()
+    assert not (desk.folder / ".deferlib").exists()
+
+
+def test_ctrl_c_while_the_app_is_imported_ends_quietly_and_soon(desk: Desk) -> None:
+    desk.save("GREETING =", 'print("importing")\ntime.sleep(60)\nGREETING =')
+    with desk.dev() as process:
+        desk.sees("importing")
+
+        os.killpg(process.pid, signal.SIGINT)
+
+        assert process.wait(2) == 0  # the child is given 3 s before it is killed
+    assert desk.out == "importing\n"
+
+
+def test_mistake_in_queue_yaml_is_mended_by_saving_queue_yaml(desk: Desk) -> None:
+    queue_yaml = desk.folder / "queue.yaml"
+    queue_yaml.write_text("queue:\n- name: mail\n")
+    with desk.dev():
+        desk.sees("queues  default, mail")
+        queue_yaml.write_text("queue:\n- nme: mail\n")
+        desk.save('"Hello"', '"Good day"')
+        desk.sees("queue name None.*save a file to try again")
+        queue_yaml.write_text("queue:\n- name: mail\n- name: more\n")
+        os.utime(queue_yaml, (time.time() + 5, time.time() + 5))
+        desk.sees("reloaded in")
+        desk.get("/do/greet/Ada")
+        desk.sees("Good day, Ada!")
+
+
+def test_app_that_ends_its_process_after_a_save_is_tried_again_at_the_next_one(desk: Desk) -> None:
+    with desk.dev():
+        desk.sees("queues")
+        desk.save("GREETING =", "os._exit(3)\nGREETING =")
+        desk.sees("ended with exit code 3 while it started; save a file to try again")
+        page = desk.get("/pid")
+        desk.save("os._exit(3)\nGREETING =", "GREETING =")
+        desk.sees("reloaded in")
+        assert desk.get("/pid").isdigit()
+
+    assert "ended with exit code 3" in page
+
+
+def test_asgi_app_whose_startup_fails_is_a_page_until_the_next_save(desk: Desk) -> None:
+    desk.write(
+        ASGI_APP.replace(
+            "app = FastAPI()",
+            "async def lifespan(app):\n    raise RuntimeError('no database')\n    yield\napp = FastAPI(lifespan=lifespan)",
+        )
+    )
+    with desk.dev():
+        desk.sees("no database")
+        desk.sees("startup failed")
+        page = desk.get("/do/wait")
+        desk.save("raise RuntimeError('no database')", "pass")
+        desk.sees("queues")
+
+    assert "can't be served" in page
+
+
+def test_app_run_at_the_end_of_the_module_is_ignored(desk: Desk) -> None:
+    desk.write(desk.module.read_text() + "\napp.run()\n")
+    with desk.dev():
+        desk.sees("queues")
+        desk.get("/do/greet/Ada")
+        desk.sees("Hello, Ada!")

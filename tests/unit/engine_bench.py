@@ -33,10 +33,10 @@ class Carrier:
         self.broken = False
         self.during_wait: deque[Callable[[], None]] = deque()
 
-    def answer(self, delivery: Delivery, status: int = 200, kind: Kind = Kind.ANSWERED) -> None:
+    def answer(self, delivery: Delivery, status: int = 200, kind: Kind = Kind.ANSWERED, outcome: str = "") -> None:
         self.sent.remove(delivery)
         now = self.clock.now()
-        self.found.append(Result(*delivery.claim[:2], kind, now, now, status))
+        self.found.append(Result(*delivery.claim[:2], kind, now, now, status, outcome))
 
     def room(self, base: str) -> int:
         return max(0, self.slots - len(self.sent))

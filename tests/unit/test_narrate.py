@@ -638,15 +638,20 @@ def test_gate_that_opens_wakes_the_engine(gate: Gate, carrier: Carrier) -> None:
 
 def test_calls_that_a_reload_cuts_off_are_interrupted_and_others_end_as_they_do(gate: Gate, carrier: Carrier) -> None:
     gate.open()
-    cut, answered, late, foreign = deliver(gate, 1), deliver(gate, 2), deliver(gate, 3), deliver(gate, 4, OTHER)
+    cut, failed, late, foreign = deliver(gate, 1), deliver(gate, 2), deliver(gate, 3), deliver(gate, 4, OTHER)
+    done, dead = deliver(gate, 5), deliver(gate, 6)
 
     gate.shut(reloading=True)
     carrier.answer(cut, kind=Kind.UNKNOWN)
-    carrier.answer(answered, 500)
+    carrier.answer(failed, 500)
     carrier.answer(late, kind=Kind.TIMEOUT)
     carrier.answer(foreign, kind=Kind.UNKNOWN)
+    carrier.answer(done, 200)
+    carrier.answer(dead, 200, outcome="permanent")
 
-    assert kinds(gate.results()) == {1: Kind.INTERRUPTED, 2: Kind.ANSWERED, 3: Kind.TIMEOUT, 4: Kind.UNKNOWN}
+    ended = kinds(gate.results())
+    assert {id for id, kind in ended.items() if kind is Kind.INTERRUPTED} == {1, 2, 3}
+    assert (ended[4], ended[5], ended[6]) == (Kind.UNKNOWN, Kind.ANSWERED, Kind.ANSWERED)
 
 
 @pytest.mark.parametrize("moment", ["open", "gone", "reopened"])
