@@ -5,25 +5,17 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from datetime import datetime
 from http import HTTPStatus
-from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec
 
-from deferlib import config, context, inbound, namespaces, payload, token
+from deferlib import attempt, config, context, inbound, payload
 from deferlib.context import Dispatch
 from deferlib.errors import (
-    DeadlineExceededError,
     DeferredError,
     NotAvailableError,
-    PayloadError,
-    PayloadKeyUnknownError,
-    PayloadNewerError,
-    PayloadUndecodableError,
     PermanentTaskFailure,
     SingularTaskFailure,
     TokenError,
@@ -51,12 +43,8 @@ _RESERVED = (
     "_countdown", "_eta", "_headers", "_name", "_queue", "_retry_options", "_target", "_transactional", "_url"
 )  # fmt: skip
 
-_ANSWER_BYTES = 300
-# What ends an attempt, as its failure. sys.exit() in a call is meant for a script, not for the server that runs it.
-_FAILURES = (Exception, DeadlineExceededError, SystemExit)
 
 P = ParamSpec("P")
-log = logging.getLogger("deferlib.handler")
 
 
 # --- deferring ------------------------------------------------------------------------------------------------------
@@ -239,184 +227,7 @@ def run(data: bytes) -> Any:
     """
     envelope = payload.verify(data, config.runtime().ring, None)
     fn, args, kwargs = payload.load_call(envelope)
-    return _finish(fn(*args, **kwargs))
-
-
-class Loaded(NamedTuple):
-    """A verified, unpickled call on its way to run."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self) -> Any:
-        """Start the call: its value, or an awaitable of it."""
-        try:
-            return self.fn(*self.args, **self.kwargs)
-        except BaseException as error:
-            asyncio = sys.modules.get("asyncio")  # if it isn't loaded, nothing of it was raised
-            if asyncio is not None and isinstance(error, asyncio.CancelledError):
-                raise RuntimeError("the call was cancelled from inside") from error  # our own caller wasn't
-            raise
-
-
-class Answer(NamedTuple):
-    """What the handler says to the engine."""
-
-    status: HTTPStatus
-    outcome: str
-    body: str
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        headers = [
-            ("Content-Type", "text/plain; charset=utf-8"),
-            ("Content-Length", str(len(self.body.encode()))),
-            (token.OUTCOME, self.outcome),
-        ]
-        if self.status is HTTPStatus.METHOD_NOT_ALLOWED:
-            headers.append(("Allow", "POST"))
-        return headers
-
-    def respond(self, start_response: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
-        """Answer a WSGI request."""
-        start_response(f"{self.status.value} {self.status.phrase}", self.headers)
-        return [self.body.encode()]
-
-
-SUCCESS = Answer(HTTPStatus.OK, "ok", "Success")
-FORBIDDEN = Answer(HTTPStatus.FORBIDDEN, "untrusted", "Only the engine may call this; its dispatch token is missing.")
-WRONG_METHOD = Answer(HTTPStatus.METHOD_NOT_ALLOWED, "retry", "Deferred calls come by POST.")
-
-
-def refuse(error: TokenError) -> Answer:
-    """Return the answer to a request whose token isn't valid: the engine's or this process's keys are at fault."""
-    text = payload.one_line(str(error), _ANSWER_BYTES)
-    log.error("a request with an invalid dispatch token was refused: %s", text)
-    return Answer(HTTPStatus.FORBIDDEN, "untrusted", f"The dispatch token is refused: {text}")
-
-
-class Attempt:
-    """One run of a delivered call: inside the `with` block its task is the current one, in its namespace.
-
-    Whatever the block raises ends there and becomes the `answer`, but KeyboardInterrupt and its like come through.
-
-    >>> with Attempt(dispatch) as attempt:  # doctest: +SKIP
-    ...     attempt.load(data)()
-    >>> attempt.answer.status  # doctest: +SKIP
-    """
-
-    __slots__ = ("_label", "_loading", "_namespace", "_running", "_task", "answer")
-
-    def __init__(self, dispatch: Dispatch) -> None:
-        self._task = dispatch.context
-        self._label = ""
-        self._loading = False
-        self.answer = SUCCESS
-
-    def __enter__(self) -> Attempt:
-        self._namespace = namespaces.get_namespace()
-        namespaces.set_namespace(self._task.namespace)
-        self._running = context.running.set(self._task)
-        return self
-
-    def load(self, data: bytes) -> Loaded:
-        """Verify and unpickle the call; a `PayloadError` says what is wrong with it."""
-        task = self._task
-        self._loading = True
-        binding = payload.Binding(task.id, task.user_name, task.queue, task.url, task.namespace)
-        envelope = payload.verify(data, config.runtime().ring, binding)
-        self._label = envelope.label
-        loaded = Loaded(*payload.load_call(envelope))
-        self._loading = False
-        return loaded
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        try:
-            if not isinstance(error, _FAILURES):
-                return False
-            self.answer = self._judge(error)
-            return True
-        finally:
-            context.running.reset(self._running)
-            namespaces.set_namespace(self._namespace)
-
-    def _judge(self, error: BaseException) -> Answer:
-        """Return the answer that *error* amounts to, and log it."""
-        task = self._task
-        who = (self._label or "a call", task.queue, task.name, task.attempt)
-        text = payload.describe_error(error)
-        match error:
-            case PayloadError() if self._loading:  # of a call that raises one by itself, it is an error like any other
-                log.error("%s can't be run (queue %s, task %s, attempt %d): %s", *who, text)
-                return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, _payload_outcome(error), text)
-            case PermanentTaskFailure():
-                log.error("%s failed for good (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error))
-                return Answer(HTTPStatus.OK, "permanent", text)
-            case SingularTaskFailure():
-                log.debug("%s asks to be run again (queue %s, task %s, attempt %d)", *who)
-                return Answer(HTTPStatus.REQUEST_TIMEOUT, "retry", text)
-        log.error("%s failed (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error))
-        return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "retry", text)
-
-
-def _of_the_call(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
-    """Return *error* for a log, its traceback from where the call's own code begins; whole if none of it is the call's."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("deferlib."):
-        traceback = traceback.tb_next
-    return type(error), error, traceback or error.__traceback__
-
-
-def _payload_outcome(error: PayloadError) -> str:
-    match error:
-        case PayloadKeyUnknownError():
-            return "key-unknown"
-        case PayloadNewerError():
-            return "newer"
-        case PayloadUndecodableError():
-            return "undecodable"
-    return "unverified"
-
-
-def perform(dispatch: Dispatch, data: bytes, finish: Callable[[Any], Any] | None = None) -> Answer:
-    """Load and run the call of *dispatch*, and say how it went.
-
-    *finish* waits for what a coroutine function returns; by default a loop is made for it.
-    """
-    with Attempt(dispatch) as attempt:
-        (finish or _finish)(attempt.load(data)())
-    return attempt.answer
-
-
-def _finish(value: Any) -> Any:
-    """Run an awaitable to its end, on a loop of its own; return anything else as it is."""
-    if not hasattr(value, "__await__"):
-        return value
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(uncancelled(value))
-    with ThreadPoolExecutor(1) as pool:  # this thread's loop is busy calling us; another thread has none
-        return pool.submit(copy_context().run, asyncio.run, uncancelled(value)).result()
-
-
-async def uncancelled(awaitable: Awaitable[Any]) -> Any:
-    """Wait for *awaitable*; if it cancels itself that is a failure like any other, and not an end of whoever waits."""
-    import asyncio
-
-    try:
-        return await awaitable
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise RuntimeError("the call was cancelled from inside") from error
+    return attempt.finished(fn(*args, **kwargs))
 
 
 class Handler:
@@ -430,7 +241,7 @@ class Handler:
         answer = self.answer(environ)
         return answer.body, answer.status, answer.headers
 
-    def answer(self, environ: dict[str, Any]) -> Answer:
+    def answer(self, environ: dict[str, Any]) -> attempt.Answer:
         """Run the request's call and return the `Answer`."""
         if environ["REQUEST_METHOD"] != "POST":
             return self._checkup(environ)
@@ -439,27 +250,27 @@ class Handler:
             if not isinstance(dispatch, Dispatch):  # it comes from another process
                 dispatch = inbound.recognise(environ, config.runtime())
             if dispatch is None:
-                return FORBIDDEN
+                return attempt.FORBIDDEN
             data = inbound.read_body(environ)
         except TokenError as error:
-            return refuse(error)
-        return copy_context().run(perform, dispatch, data)
+            return attempt.refuse(error)
+        return copy_context().run(attempt.perform, dispatch, data)
 
-    def _checkup(self, environ: dict[str, Any]) -> Answer:
+    def _checkup(self, environ: dict[str, Any]) -> attempt.Answer:
         """Tell `deferlib doctor` about this process, and anybody else that calls come by POST."""
         if environ["REQUEST_METHOD"] != "GET":
-            return WRONG_METHOD
+            return attempt.WRONG_METHOD
         from deferlib import checkup
 
         try:
             dispatch = inbound.recognise(environ, config.runtime())
         except TokenError as error:
-            return refuse(error)
+            return attempt.refuse(error)
         if not checkup.is_question(dispatch):
-            return WRONG_METHOD
+            return attempt.WRONG_METHOD
         threads, processes = bool(environ.get("wsgi.multithread")), bool(environ.get("wsgi.multiprocess"))
         text = checkup.answer(environ.get("SERVER_SOFTWARE") or "", threads=threads, processes=processes)
-        return Answer(HTTPStatus.OK, "ok", text)
+        return attempt.Answer(HTTPStatus.OK, "ok", text)
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]

@@ -19,6 +19,7 @@ LAYERS = [
     {"config", "call_text"},
     {"taskqueue"},
     {"inbound", "checkup"},
+    {"attempt"},
     {"deferred"},
     {"server"},
     {"contrib.asgi"},  # the engine takes ASGI apps through it

@@ -22,15 +22,11 @@ from typing import TYPE_CHECKING, Any
 from deferlib import config
 from deferlib.cli.load import check_spec
 from deferlib.cli.settings import FLAGS, add_flags, given
-from deferlib.core.model import SECOND, QueueConfig
-from deferlib.errors import ConfigError, Error, StoreError
+from deferlib.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deferlib.cli.gate import Gate
-    from deferlib.cli.narrate import Narrator, Paper
-    from deferlib.cli.reload import QueueFileWatch
+    from deferlib.cli.devengine import DevEngine
     from deferlib.cli.settings import Commands
-    from deferlib.engine.engine import Engine
 
 _GRACE = 5.0  # seconds for running calls at Ctrl-C, unless --grace says otherwise
 _CHILD_SECONDS = 3.0  # for the app to end
@@ -193,7 +189,7 @@ class Dev:
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._paper = Paper()
         self._child: _Child | None = None
-        self._delivery: _Delivery | None = None
+        self._delivery: DevEngine | None = None
         self._began = time.monotonic()
         self._stops = 0
 
@@ -209,6 +205,8 @@ class Dev:
     def run(self) -> int:
         try:
             self._start()
+            import deferlib.cli.devengine  # noqa: F401  # 0.1 s, while the child imports the app
+
             while True:
                 try:
                     child, report = self._events.get(timeout=1)
@@ -253,12 +251,14 @@ class Dev:
 
     def _ready(self, child: _Child, report: dict[str, Any]) -> None:
         """The app is served: let the engine deliver to it, a new one if it uses other settings than before."""
+        from deferlib.cli.devengine import DevEngine
+
         if self._delivery is not None and self._delivery.report != report:
             self._paper.line("settings", "changed: a new engine starts", _CYAN)
             self._delivery.stop(0)
             self._delivery = None
         if self._delivery is None:
-            self._delivery = _Delivery(report, self._push_url, self._paper, self._events)
+            self._delivery = DevEngine(report, self._push_url, self._paper, self._events)
             self._greet(report)
         else:
             self._paper.line(self._app, f"reloaded in {time.monotonic() - self._began:.1f} s", _CYAN)
@@ -319,108 +319,13 @@ class Dev:
     def _stop(self) -> None:
         if self._delivery is not None:
             if self._delivery.running:
-                running = _count(self._delivery.running, "running call")
+                from deferlib.cli.devengine import count
+
+                running = count(self._delivery.running, "running call")
                 self._paper.line("stopping", f"{running}: up to {self._grace:g} s to finish; Ctrl-C again ends at once")
             self._delivery.stop(self._grace)
         if self._child is not None:
             self._child.end()
-
-
-class _Delivery:
-    """An engine in a thread, on the settings that the app reported."""
-
-    def __init__(self, report: dict[str, Any], url: str, paper: Paper, events: SimpleQueue[Any]) -> None:
-        from deferlib.cli.gate import Gate
-        from deferlib.cli.logs import log_to_stderr
-        from deferlib.cli.narrate import Narrator
-        from deferlib.engine.build import build
-
-        log_to_stderr("warning")
-        queues = report["queues"]
-        self.report = report
-        self.runtime = config.Runtime(
-            settings=config.load_settings({**report["settings"], "app": url}),
-            given_queues=None if queues is None else [QueueConfig.from_json(text) for text in queues],
-        )
-        self.notes = self._notes()
-        self.narrator: Narrator = Narrator(paper, self.runtime.ring, self.runtime.clock.now())
-        self._gates: list[Gate] = []
-
-        def around(transport: Any) -> Gate:
-            self._gates.append(Gate(transport, url))
-            return self._gates[0]
-
-        # take_over: the app that a killed parent had died with it.
-        self._engine: Engine = build(self.runtime, observer=self.narrator, around=around, take_over=True)
-        self._events = events
-        self._thread = threading.Thread(target=self._run, name="deferlib-engine", daemon=True)
-        self._watch = self._watched()
-        self._thread.start()
-
-    @property
-    def gate(self) -> Gate:
-        return self._gates[0]
-
-    @property
-    def running(self) -> int:
-        """How many calls are on their way."""
-        return self._engine.in_flight
-
-    def added(self, id: int) -> None:
-        """Tell of a task that the app says it has added."""
-        try:
-            with self.runtime.store.read() as tx:
-                rows = tx.find(None, [str(id)])
-        except StoreError:  # the engine tells
-            return
-        for row in rows:
-            if row.id == id and row.due is not None:
-                self.narrator.queued(row, self.runtime.clock.now())
-
-    def stop(self, grace: float) -> None:
-        """End the engine: what runs has *grace* seconds to finish."""
-        if self._watch is not None:
-            self._watch.stop()
-        self._engine.stop(round(grace * SECOND))
-        self._thread.join()
-        self._engine.close()
-        self.runtime.close()
-        self.narrator.tick()
-
-    def _run(self) -> None:
-        try:
-            self._engine.run()
-        except Error as error:
-            self._events.put((None, {"engine": error}))
-
-    def _watched(self) -> QueueFileWatch | None:
-        from deferlib.cli.reload import QueueFileWatch
-
-        if self.runtime.given_queues is not None:
-            return None
-        watch = QueueFileWatch(self.runtime)
-        watch.start()
-        return watch
-
-    def _notes(self) -> list[str]:
-        notes = []
-        now = self.runtime.clock.now()
-        store = self.runtime.store
-        if store.served():
-            notes.append("another engine serves this store too; it may take tasks from this one")
-        with store.read() as tx:
-            names = [row.name for row in tx.queues()]
-            stats = tx.stats(now, names)
-        waiting, dead = sum(each.tasks for each in stats), sum(each.dead for each in stats)
-        if waiting:
-            notes.append(f"{_count(waiting, 'task')} from before in the store: `deferlib tasks list`")
-        if dead:
-            notes.append(f"{_count(dead, 'dead letter')} from before: `deferlib tasks list --state dead`")
-        return notes
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def _signal(number: int) -> str:

@@ -21,6 +21,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeAlias
 
+from deferlib import attempt as attempts
 from deferlib import config, deferred, inbound, namespaces, payload, token
 from deferlib.context import ENVIRON_KEY, Dispatch, running
 from deferlib.errors import AppError, TokenError
@@ -65,17 +66,17 @@ class Middleware:
         body = _Body(receive)
         deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
         if deferred_call and scope["method"] not in ("GET", "POST"):
-            return await _respond(send, deferred.WRONG_METHOD)
+            return await _respond(send, attempts.WRONG_METHOD)
         try:
             dispatch = await _identify(scope, body)
             if deferred_call and scope["method"] == "GET":
                 return await _respond(send, _checkup(dispatch))
             if deferred_call:
                 if dispatch is None:
-                    return await _respond(send, deferred.FORBIDDEN)
+                    return await _respond(send, attempts.FORBIDDEN)
                 return await _respond(send, await perform(dispatch, await body.read(scope["headers"])))
         except TokenError as error:
-            return await _respond(send, deferred.refuse(error))
+            return await _respond(send, attempts.refuse(error))
         if dispatch is None:
             return await self.app(scope, receive, send)
         task = running.set(dispatch.context)
@@ -107,8 +108,8 @@ def is_asgi(app: object) -> bool:
     return len(needed) == 3
 
 
-async def perform(dispatch: Dispatch, data: bytes) -> deferred.Answer:
-    """Load and run the call of *dispatch*, and say how it went: `deferred.perform` for the loop this runs on."""
+async def perform(dispatch: Dispatch, data: bytes) -> attempts.Answer:
+    """Load and run the call of *dispatch*, and say how it went: `deferlib.attempt.perform` for the loop this runs on."""
 
     def start() -> tuple[Any, BaseException | None]:
         """Unpickle (which imports) and call, off the loop; of a coroutine function nothing runs yet.
@@ -120,22 +121,22 @@ async def perform(dispatch: Dispatch, data: bytes) -> deferred.Answer:
         except BaseException as error:
             return None, error
 
-    with deferred.Attempt(dispatch) as attempt:
+    with attempts.Attempt(dispatch) as attempt:
         value, error = await asyncio.to_thread(start)  # in a copy of this context
         if error is not None:
             raise error
         if inspect.isawaitable(value):
-            await deferred.uncancelled(value)
+            await attempts.uncancelled(value)
     return attempt.answer
 
 
-def _checkup(dispatch: Dispatch | None) -> deferred.Answer:
+def _checkup(dispatch: Dispatch | None) -> attempts.Answer:
     """Tell `deferlib doctor` about this process, and anybody else that calls come by POST."""
     from deferlib import checkup
 
     if not checkup.is_question(dispatch):
-        return deferred.WRONG_METHOD
-    return deferred.Answer(HTTPStatus.OK, "ok", checkup.answer("ASGI", threads=True, processes=False))
+        return attempts.WRONG_METHOD
+    return attempts.Answer(HTTPStatus.OK, "ok", checkup.answer("ASGI", threads=True, processes=False))
 
 
 async def _identify(scope: Scope, body: _Body) -> Dispatch | None:
@@ -234,7 +235,7 @@ def _split_path(scope: Scope) -> tuple[str, str]:
     return root, path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
-async def _respond(send: Send, answer: deferred.Answer) -> None:
+async def _respond(send: Send, answer: attempts.Answer) -> None:
     headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
     await send({"type": "http.response.start", "status": int(answer.status), "headers": headers})
     await send({"type": "http.response.body", "body": answer.body.encode()})
@@ -291,8 +292,8 @@ class Bridge:
         dispatch = environ.get(ENVIRON_KEY)
         if isinstance(dispatch, Dispatch) and environ["PATH_INFO"] == deferred.DEFAULT_URL:
             if environ["REQUEST_METHOD"] != "POST":
-                return deferred.WRONG_METHOD.respond(start_response)
-            answer = copy_context().run(deferred.perform, dispatch, inbound.read_body(environ), self._finish)
+                return attempts.WRONG_METHOD.respond(start_response)
+            answer = copy_context().run(attempts.perform, dispatch, inbound.read_body(environ), self._finish)
             return answer.respond(start_response)
         body = inbound.read_body(environ)
         status, headers, answered = self._wait(_exchange(self._app, self._scope(environ), body))
@@ -300,7 +301,7 @@ class Bridge:
         return [answered]
 
     def _finish(self, value: Any) -> Any:
-        return self._wait(deferred.uncancelled(value)) if inspect.isawaitable(value) else value
+        return self._wait(attempts.uncancelled(value)) if inspect.isawaitable(value) else value
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run *coroutine* on the loop, in this thread's context, and wait for it."""

@@ -61,7 +61,7 @@ def do_fail(limit):
 
 @app.get("/die")
 def do_die():
-    deferlib.defer(die)
+    deferlib.defer(die, _countdown=0.2)  # after the answer
     return "Later."
 """
 

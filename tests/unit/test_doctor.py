@@ -22,7 +22,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 import deferlib
-from deferlib import checkup, config, context, deferred, token
+from deferlib import attempt, checkup, config, context, deferred, token
 from deferlib.cli import checks, main, probe
 from deferlib.context import Dispatch, TaskContext
 from deferlib.contrib.asgi import wrap_asgi_app
@@ -932,7 +932,7 @@ def ask(project: Path, request: pytest.FixtureRequest) -> Callable[[str, dict[st
 
 
 Ask = Callable[[str, dict[str, str]], tuple[int, str, str]]
-WRONG_METHOD = (int(HTTPStatus.METHOD_NOT_ALLOWED), "retry", deferred.WRONG_METHOD.body)
+WRONG_METHOD = (int(HTTPStatus.METHOD_NOT_ALLOWED), "retry", attempt.WRONG_METHOD.body)
 
 
 def test_question_is_answered_with_what_matters_and_no_secrets(ask: Ask, project: Path) -> None:
