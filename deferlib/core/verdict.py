@@ -12,6 +12,7 @@ from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, Qu
 HISTORY = 3  # attempts kept with a task
 INTERRUPTED_DELAY: Micros = SECOND // 100
 _REASON_LENGTH = 500
+_DEFERRED_URL = "/_ah/queue/deferred"
 
 # Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
 _QUARANTINED_LATER = frozenset({"undecodable", "key-unknown", "newer"})
@@ -80,7 +81,7 @@ def _again(
     at = now + backoff(policy_of(claim.retry, config.retry), claim.attempts - claim.lost, rng)
     story = _story(claim, result)
     fence = (claim.id, claim.claims, claim.queue)
-    return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, _reason(result), story)
+    return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, _reason(claim, result), story)
 
 
 def _dead(
@@ -98,11 +99,15 @@ def _end(now: Micros, claim: Claim, config: QueueConfig, action: Action) -> tupl
     return claim.id, claim.claims, claim.queue, action, now + config.tombstone if named else 0, named
 
 
-def _reason(result: Result) -> str:
+def _reason(claim: Claim, result: Result) -> str:
     """Return what went wrong in one line."""
     if result.error:
         return result.error[:_REASON_LENGTH]
-    return f"HTTP {result.status}" if result.kind is Kind.ANSWERED else str(result.kind)
+    if result.kind is not Kind.ANSWERED:
+        return str(result.kind)
+    if result.status == 404 and not result.outcome and claim.url == _DEFERRED_URL:
+        return "HTTP 404: the handler of deferred calls is not mounted there; wrap the app with deferlib.wrap_wsgi_app"
+    return f"HTTP {result.status}"
 
 
 def _story(claim: Claim, result: Result) -> str:
@@ -114,7 +119,7 @@ def _story(claim: Claim, result: Result) -> str:
             "at": result.started,
             "micros": result.ended - result.started,
             "status": result.status,
-            "error": _reason(result),
+            "error": _reason(claim, result),
         }
     )
     return json.dumps(attempts[-HISTORY:], separators=(",", ":"), ensure_ascii=False)

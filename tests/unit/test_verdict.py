@@ -53,6 +53,14 @@ def test_success_ends_the_task_and_a_named_one_leaves_its_tombstone() -> None:
     assert (named.action, named.named, named.at) == (Action.DONE, True, NOW + DAY)
 
 
+def test_missing_handler_is_named_with_its_remedy_and_a_views_own_404_is_not() -> None:
+    call = claim(url="/_ah/queue/deferred")
+
+    assert "wrap_wsgi_app" in judged(call, result(call, status=404)).reason
+    assert judged(claim(), result(claim(), status=404)).reason == "HTTP 404"
+    assert judged(call, result(call, status=503)).reason == "HTTP 503"
+
+
 def test_call_cut_off_by_a_replaced_target_runs_again_at_once_and_uncharged() -> None:
     tried = claim(attempts=9)
 
