@@ -136,6 +136,8 @@ class Attempt:
         task = self._task
         who = (self._label or "a call", task.queue, task.name, task.attempt)
         text = payload.describe_error(error)
+        if isinstance(error, SystemExit) and error.code == 1 and "gunicorn" in sys.modules:  # how it ends a worker
+            text += " (the call took longer than gunicorn's --timeout, by default 30 s, or called sys.exit)"
         match error:
             case PayloadError() if self._loading:  # of a call that raises one by itself, it is an error like any other
                 log.error("%s can't be run (queue %s, task %s, attempt %d): %s", *who, text)

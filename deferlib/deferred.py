@@ -158,7 +158,7 @@ def _prepare(
 ) -> tuple[Queue, Task]:
     """Return the queue and the task of a call: 9 µs with its signature and row, the commit takes 100 and more."""
     if not callable(fn):
-        raise ValueError(f"a callable is needed to defer, not {fn!r}")
+        raise ValueError(f"a callable is needed to defer, not {fn!r}; say defer(fn, argument), not defer(fn(argument))")
     _check_underscores(fn, kwargs)
     queue = Queue(options.queue)
     task = Task.of_call(
@@ -182,9 +182,9 @@ def _headers(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_underscores(fn: Callable[..., Any], kwargs: Iterable[str]) -> None:
-    """Refuse a misspelled option: it would be passed to *fn*, hours later, in another process."""
+    """Refuse a misspelled option, also one without its underscore: it would be passed to *fn*, hours later, elsewhere."""
     for key in kwargs:
-        if not key.startswith("_"):
+        if not key.startswith("_") and f"_{key}" not in _RESERVED:
             continue
         import inspect  # 6 ms: only where it is needed
 
@@ -202,7 +202,7 @@ def _suggestion(key: str) -> str:
         return f"; it is an option of deferlib.defer(), with using() say using({key[1:]}=…)"
     import difflib  # 1 ms: only where it is needed
 
-    close = difflib.get_close_matches(key, _RESERVED, n=1)
+    close = difflib.get_close_matches(key if key.startswith("_") else f"_{key}", _RESERVED, n=1)
     return f"; did you mean {close[0]}?" if close else f"; options are {', '.join(_RESERVED)}"
 
 

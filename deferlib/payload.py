@@ -40,6 +40,7 @@ _LENGTH = struct.Struct(">I")
 _PROTOCOL = 5  # not the highest: what a newer Python defers, an older one beside it may have to run
 _LABEL_BYTES = 200
 _ERROR_BYTES = 500
+_GONE = (AttributeError, ModuleNotFoundError)
 _BY_REFERENCE = (types.FunctionType, type)
 # C0 and C1 controls, and what else ends a line or turns the direction of text around for those who print it.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -166,10 +167,12 @@ def _dumps(value: object, name: Callable[[], str]) -> tuple[bytes, int]:
         data = cloudpickle.dumps(value, _PROTOCOL)
         return data, BY_VALUE if b"cloudpickle" in data else 0  # whatever it writes by value is built by its functions
     except Exception as error:
-        raise UnpicklableCallError(
-            f"{name()} can't be pickled ({describe_error(error)}); pass what can be written down, like an id or a path, "
-            "and open it inside the call"
-        ) from error
+        remedy = "pass what can be written down, like an id or a path, and open it inside the call"
+        if callable(value):  # it travels by value, with all that it refers to
+            remedy = (
+                "define it in a module that is imported by its name; a program that is started travels with its globals"
+            )
+        raise UnpicklableCallError(f"{name()} can't be pickled ({describe_error(error)}); {remedy}") from error
 
 
 def _culprit(fn: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -265,7 +268,10 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
     except MemoryError:
         raise  # the machine's trouble, not the payload's
     except (Exception, SystemExit) as error:  # imports run user code, which may raise anything
-        raise PayloadUndecodableError(f"{envelope.label} can't be loaded: {describe_error(error)}") from error
+        hint = "; if it was renamed or moved, leave its name at the old place until the calls of it have run"
+        raise PayloadUndecodableError(
+            f"{envelope.label} can't be loaded: {describe_error(error)}{hint if isinstance(error, _GONE) else ''}"
+        ) from error
     return fn, args, kwargs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from deferlib import config
 from deferlib.cli.probe import Answer, ask
-from deferlib.cli.settings import unknown_variables
+from deferlib.cli.settings import unknown_hint, unknown_variables
 from deferlib.cli.show import rough
 from deferlib.cli.store import listed
 from deferlib.core.model import MINUTE, SECOND, Micros, Mode, Page, QueueConfig, QueueRow, QueueStats, TaskState
@@ -59,6 +58,7 @@ def check(runtime: config.Runtime) -> Iterator[Finding]:
         yield from _other_stores(case)
         if case.store is not None:
             yield from _queues(case)
+            yield from _failing(case, case.store)
             yield from _engine(case)
         if case.ring is not None:
             yield from _apps(case)
@@ -79,11 +79,8 @@ def _settings(case: Case) -> Iterator[Finding]:
         else "no queue.yaml: one queue, default"
     )
     yield Finding(OK, "settings", f"project root {case.settings.root}; {where}")
-    known = [name.upper() for name in config.SETTINGS]
     for name in unknown_variables():
-        close = difflib.get_close_matches(name.removeprefix("DEFERLIB_"), known, n=1)
-        hint = f"; did you mean DEFERLIB_{close[0]}?" if close else "; `deferlib config` shows those there are"
-        yield Finding(WARNING, "settings", f"{name} is set, but is no setting{hint}")
+        yield Finding(WARNING, "settings", unknown_hint(name))
 
 
 def _store(case: Case) -> Iterator[Finding]:
@@ -92,7 +89,10 @@ def _store(case: Case) -> Iterator[Finding]:
         yield Finding(NOTE, "store", "in memory: every process has its own, and no command can look at it")
         return
     if case.path is not None and not os.path.exists(case.path):
-        yield Finding(NOTE, "store", f"{shown} is not there yet; the first defer() makes it, or an engine")
+        yield Finding(
+            WARNING, "store", f"{shown} is not there: is this the folder where the app runs? Run the doctor there, or name "
+            "the store with --store. (If nothing was deferred yet: the first defer() makes it, or an engine.)"
+        )  # fmt: skip
         return
     store = config.connect(case.settings["store"], case.settings.root)
     try:
@@ -232,6 +232,20 @@ def _queues(case: Case) -> Iterator[Finding]:
             )
 
 
+def _failing(case: Case, store: Store) -> Iterator[Finding]:
+    """Tell of tasks that wait because their attempts fail; whatever is wrong, the last error says most of it."""
+    with store.read() as tx:
+        rows = [
+            row for queue in case.queues for row in tx.tasks(queue.name, Page(limit=_SAMPLE)) if row.reason and row.attempts
+        ]
+    if rows:
+        last = max(rows, key=lambda row: row.eta)
+        yield Finding(
+            WARNING, "tasks", f"waiting for another attempt: {_count(len(rows), 'task')}; the last error: {last.reason} "
+            f"(`deferlib tasks show {last.public_name}`)"
+        )  # fmt: skip
+
+
 def _engine(case: Case) -> Iterator[Finding]:
     if case.served:
         yield Finding(OK, "engine", "one serves this store")
@@ -312,7 +326,7 @@ def _gunicorn(case: Case, subject: str, settings: object) -> Iterator[Finding]:
         longest = max(deadlines[name] for name in longer)
         yield Finding(
             WARNING, subject, f"gunicorn kills a sync worker after {timeout:g} s, but calls of {listed(longer)} may take "
-            f"{longest:g} s: give it --timeout {longest:g}, or --threads 8 (whose timeout isn't a request's)"
+            f"{longest:g} s: give it --timeout {longest + 60:g}, or --threads 8 (whose timeout isn't a request's)"
         )  # fmt: skip
     concurrency = case.settings["concurrency"] or 32
     if concurrency >= workers > 1:

@@ -237,10 +237,10 @@ class Dev:
                 raise error
             case {"added": id} if self._delivery is not None:
                 self._delivery.added(id)
-            case {"ready": settings}:
+            case {"ready": settings, "wrapped": wrapped}:
                 assert child is not None
                 child.ready = True
-                self._ready(child, settings)
+                self._ready(child, settings, wrapped)
             case {"failed": text}:
                 return self._failed(text, report)
             case {"ended": code}:
@@ -249,7 +249,7 @@ class Dev:
                 return self._ended(child, code)
         return None
 
-    def _ready(self, child: _Child, report: dict[str, Any]) -> None:
+    def _ready(self, child: _Child, report: dict[str, Any], wrapped: bool) -> None:
         """The app is served: let the engine deliver to it, a new one if it uses other settings than before."""
         from deferlib.cli.devengine import DevEngine
 
@@ -259,14 +259,14 @@ class Dev:
             self._delivery = None
         if self._delivery is None:
             self._delivery = DevEngine(report, self._push_url, self._paper, self._events)
-            self._greet(report)
+            self._greet(report, wrapped)
         else:
             self._paper.line(self._app, f"reloaded in {time.monotonic() - self._began:.1f} s", _CYAN)
         self._delivery.gate.open()
         if child.leaving:  # saved again meanwhile: its word of that was heard before this one
             self._shut()
 
-    def _greet(self, report: dict[str, Any]) -> None:
+    def _greet(self, report: dict[str, Any], wrapped: bool) -> None:
         from deferlib import __version__
 
         delivery = self._delivery
@@ -278,7 +278,13 @@ class Dev:
         paper.write(f"  store   {delivery.runtime.settings['store'].removeprefix('sqlite:///')}")
         paper.write(f"  key     {key}")
         paper.write(f"  queues  {', '.join(queue.name for queue in delivery.runtime.queues())}")
-        for note in delivery.notes:
+        notes = delivery.notes
+        if not wrapped:
+            notes = [
+                f"{self._app} isn't wrapped: it is here, but not by a server in production (deferlib.wrap_wsgi_app)",
+                *notes,
+            ]
+        for note in notes:
             paper.write(paper.coloured(f"  note    {note}", _YELLOW))
 
     def _failed(self, text: str, report: dict[str, Any]) -> int | None:

@@ -164,8 +164,10 @@ def _prepared(plan: Plan, reports: Reports, reloader: Any) -> tuple[Callable[[],
         logging.getLogger(name).disabled = False
     client.propagate = False
 
+    wrapped = _is_wrapped(app)
+
     def ready() -> None:
-        reports.send(ready=settings)
+        reports.send(ready=settings, wrapped=wrapped)
 
     from deferlib.contrib.asgi import is_asgi
 
@@ -174,6 +176,20 @@ def _prepared(plan: Plan, reports: Reports, reloader: Any) -> tuple[Callable[[],
     from deferlib.server.wsgi import wrap_wsgi_app
 
     return _wsgi(plan, wrap_wsgi_app(app), ready)
+
+
+def _is_wrapped(app: Any) -> bool:
+    """Tell whether *app* has the handler by itself, as far as its attributes show: a server in production adds none."""
+    from deferlib.contrib.asgi import Middleware as AsgiMiddleware
+    from deferlib.server.wsgi import Middleware
+
+    for _ in range(8):  # what is wrapped around it, and what it is wrapped around
+        if isinstance(app, Middleware | AsgiMiddleware):
+            return True
+        if any(getattr(each, "cls", None) is AsgiMiddleware for each in getattr(app, "user_middleware", ())):
+            return True
+        app = getattr(app, "wsgi_app", None) or getattr(app, "app", None) or getattr(app, "application", None)
+    return False
 
 
 def _setting_files(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from deferlib import config
 from deferlib.cli.load import Stopped, load_app
 from deferlib.cli.logs import log_to_stderr
-from deferlib.cli.settings import FLAGS, add_flags, given, settings_of
+from deferlib.cli.settings import FLAGS, add_flags, given, settings_of, unknown_hint, unknown_variables
 from deferlib.cli.show import safe
 from deferlib.core.model import SECOND, Micros
 from deferlib.errors import StoreError
@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         stack.callback(engine.close)
         watch = _watch(runtime, stack)
         signals.serve(engine, round(runtime.settings["grace"] * SECOND), watch)
+        for name in unknown_variables():
+            log.warning("%s", unknown_hint(name))
         _announce(runtime, arguments.app)
         try:
             engine.run()

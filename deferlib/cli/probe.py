@@ -75,8 +75,8 @@ def _judged(status: int, headers: Any, text: str, milliseconds: float) -> Answer
             return Answer(report=report, milliseconds=milliseconds)
     if outcome == "untrusted":
         return Answer(
-            problem=f"has the handler, but refuses what is signed here: {text[:_LONGEST].strip()} Give the app and the "
-            "engine the same key (DEFERLIB_KEY, or the same store with its key file)"
+            problem=f"has the handler, but another key than the one here: {text[:_LONGEST].strip()}. Is it another app, or "
+            "the same one started in another folder, with another store? Give both the same DEFERLIB_STORE and DEFERLIB_KEY"
         )
     if outcome is not None:
         return Answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ _HELP = {
     "lease": ("SECONDS", "how long a task stays claimed if the engine dies (default: 30)"),
     "grace": ("SECONDS", "how long running calls may go on after SIGTERM (default: 25)"),
 }
+_PREFIX = "DEFERLIB_"
 _NOT_SETTINGS = frozenset({"DEFERLIB_FAILPOINT", "DEFERLIB_TESTS_NO_SKIP"})  # for deferlib's own tests
 
 _EPILOG = """\
@@ -76,6 +78,13 @@ def unknown_variables() -> list[str]:
     """Return the variables of the environment that look like settings and are none: misspelled ones."""
     known = {f"DEFERLIB_{name.upper()}" for name in config.SETTINGS} | _NOT_SETTINGS
     return sorted(name for name in os.environ if name.startswith("DEFERLIB_") and name not in known)
+
+
+def unknown_hint(name: str) -> str:
+    """Return what is wrong with a variable that is no setting."""
+    close = difflib.get_close_matches(name.removeprefix(_PREFIX), [known.upper() for known in config.SETTINGS], n=1)
+    hint = f"; did you mean {_PREFIX}{close[0]}?" if close else "; `deferlib config` shows those there are"
+    return f"{name} is set, but is no setting{hint}"
 
 
 # --- deferlib config ------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def print_task(row: TaskRow, view: View) -> None:
         [
             ("task", row.public_name if row.name is None else f"{row.name} (id {row.id})"),
             ("queue", row.queue),
-            ("state", f"{row.state(now)}: {row.reason}" if row.reason else row.state(now)),
+            ("state", _state(row, now)),
             ("next run", _next_run(row, queue, view)),
             ("call", call_text(row.body, view.ring)),
             ("request", f"{row.method} {row.url}".rstrip()),
@@ -130,6 +130,13 @@ def _attempt_line(attempt: dict[str, Any], now: Micros) -> tuple[str, ...]:
         str(attempt.get("status") or "none"),
         str(attempt.get("error") or ""),
     )
+
+
+def _state(row: TaskRow, now: Micros) -> str:
+    state = row.state(now)
+    if not row.reason:
+        return state
+    return f"{state}, attempt {row.attempts}; the last one: {row.reason}" if state == "leased" else f"{state}: {row.reason}"
 
 
 def _next_run(row: TaskRow, queue: QueueRow | None, view: View) -> str:

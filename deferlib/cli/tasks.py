@@ -131,7 +131,7 @@ def list_tasks(arguments: argparse.Namespace) -> int:
     if not rows:
         print(f"No {arguments.state} tasks.")
         return 0
-    print_table(task_text.TITLES, [task_text.line(row, view) for row in rows], keep_end={"CALL"})
+    print_table(task_text.TITLES, [task_text.line(row, view) for row in rows])
     if more:
         print(f"… and more: --limit shows more than {arguments.limit}.")
     return 0

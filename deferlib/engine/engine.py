@@ -111,7 +111,7 @@ class Engine:
             log.error("the leases that another engine left run out by themselves: %s", error)
         else:
             if taken:
-                log.warning("the last engine was killed with %d tasks running; they run again now", taken)
+                log.warning("tasks that ran when the last engine was killed, and run again now: %d", taken)
 
     def stop(self, grace: Micros) -> None:
         """Claim nothing more, and return from `run` within *grace*. From any thread or signal handler; again: sooner."""
@@ -143,7 +143,7 @@ class Engine:
     def leave(self) -> None:
         """Give back the queues this engine owns, unless something of theirs still runs."""
         if self._scheduler.in_flight:
-            log.warning("%d tasks still ran at the end of the grace time; they run again", self._scheduler.in_flight)
+            log.warning("tasks that still ran at the end of the grace time, and run again: %d", self._scheduler.in_flight)
             return
         with self._store.begin() as tx:
             tx.disown(self._node)

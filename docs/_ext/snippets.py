@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 _FENCE = re.compile(r"(?P<fence>```+)(?P<language>[^\n`]*)\n(?P<text>.*?)^(?P=fence)[ ]*$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# (?P<name>[\w/]+\.py)\b(?P<more>, at the end)?")
 _NOT_RUN = re.compile(r"^(?:% |<!-- )not run: (?P<reason>.+?)(?: -->)?\s*\Z", re.MULTILINE)
-_RUN = re.compile(r"^% run: (?P<code>.+)$", re.MULTILINE)
+_RUN = re.compile(r"^(?:% |<!-- )run: (?P<code>.+?)(?: -->)?$", re.MULTILINE)
 _OWN_ENGINE = re.compile(r"deferlib\.(running|configure)\(")
 # A deferred call that ends so is a mistake in the page: no page fails by one of these on purpose.
 _MISTAKES = ("NameError", "TypeError", "AttributeError", "ImportError", "ModuleNotFoundError", "SyntaxError")

@@ -82,6 +82,7 @@ def test_call_runs_and_is_told_and_so_is_where_everything_is(desk: Desk) -> None
     assert f"{desk.folder}/.deferlib/tasks.db\n" in desk.out
     assert f"{desk.folder}/.deferlib/tasks.db.key" in desk.out
     assert "Hello, Ada!" in desk.out
+    assert "note" not in desk.out
     assert desk.out.index("queued") < desk.out.index("ran in")
 
 
@@ -263,10 +264,11 @@ def test_settings_of_the_code_are_the_engines_too(desk: Desk) -> None:
     assert not (desk.folder / ".deferlib").exists()
 
 
-def test_plain_app_gets_the_handler(desk: Desk) -> None:
+def test_plain_app_gets_the_handler_and_a_note(desk: Desk) -> None:
     desk.save("app.wsgi_app =", "unused =")
     with desk.dev():
         desk.sees("queues")
+        desk.sees("note    deskapp:app isn't wrapped")
         desk.get("/do/greet/Ada")
         desk.sees("Hello, Ada!")
 

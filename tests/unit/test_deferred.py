@@ -542,3 +542,25 @@ def test_run_takes_nothing_that_is_not_signed() -> None:
         with pytest.raises(PayloadUnverifiedError):
             deferred.run(data)
     assert RAN.empty()
+
+
+@pytest.mark.parametrize("option", ["countdown", "eta", "name", "queue", "retry_options"])
+def test_option_without_its_underscore_is_refused_with_the_right_one(option: str) -> None:
+    def takes_one(value: object) -> None:
+        pass
+
+    with pytest.raises(TypeError, match=rf"takes no argument '{option}'; did you mean _{option}\?"):
+        deferlib.defer(takes_one, 1, **{option: 5})
+
+
+def test_argument_of_a_callable_may_be_named_like_an_option() -> None:
+    deferlib.defer(named_like_options, name="x", countdown=3)
+
+
+def named_like_options(name: str, **others: object) -> None:
+    pass
+
+
+def test_value_instead_of_a_callable_is_refused_with_the_right_form() -> None:
+    with pytest.raises(ValueError, match=r"not None; say defer\(fn, argument\), not defer\(fn\(argument\)\)"):
+        deferlib.defer(None)  # type: ignore[arg-type]  # the mistake that is tested

@@ -317,14 +317,31 @@ def test_misspelled_variable_is_warned_of_with_what_was_meant(doctor: Doctor, mo
 # --- store and key --------------------------------------------------------------------------------------------------
 
 
-def test_store_that_is_not_there_is_a_note_and_what_depends_on_it_is_left_out(project: Path, doctor: Doctor) -> None:
+def test_store_that_is_not_there_is_warned_of_and_what_depends_on_it_is_left_out(project: Path, doctor: Doctor) -> None:
     found = doctor()
 
     path = project / ".deferlib" / "tasks.db"
-    assert found.of("store") == [f"sqlite:///{path} is not there yet; the first defer() makes it, or an engine"]
+    [text] = found.of("store")
+    assert text.startswith(f"sqlite:///{path} is not there: is this the folder where the app runs?")
     assert found.of("key") == [f"{path}.key is not there yet; the first defer() makes it, or an engine"]
     assert {subject for _, subject, _ in found.findings} == {"settings", "store", "key"}
-    assert {level for level, _, _ in found.findings} == {"ok", "note"}
+    assert {level for level, _, _ in found.findings} == {"ok", "note", "warning"}
+
+
+def test_tasks_that_wait_because_they_fail_are_told_with_the_last_error(doctor: Doctor, store: config.Runtime) -> None:
+    deferlib.defer(print)
+    assert doctor().of("tasks") == []
+    now = store.clock.now()
+    spec = ClaimSpec("default", 1, 10_000, now + MINUTE)
+    [claim] = store.store.run(lambda tx: tx.claim(now, [spec]))
+    fence = (claim.id, claim.claims, claim.queue)
+    store.store.run(lambda tx: tx.settle(now, [Outcome(*fence, Action.RETRY, now + MINUTE, reason="refused by http://x")]))
+
+    [text] = doctor().of("tasks")
+
+    assert text == (
+        f"waiting for another attempt: 1 task; the last error: refused by http://x (`deferlib tasks show {claim.id}`)"
+    )
 
 
 def test_store_in_memory_is_a_note_and_no_app_is_asked_with_a_made_up_key(doctor: Doctor) -> None:
@@ -632,9 +649,9 @@ def test_app_with_another_key_is_a_problem(doctor: Doctor, store: config.Runtime
 
     id = Keyring([KEY.encode()]).signing.id.hex()
     [text] = found.of("app", "problem")
-    assert text.startswith(f"{base} has the handler, but refuses what is signed here: The dispatch token is refused: ")
+    assert text.startswith(f"{base} has the handler, but another key than the one here: The dispatch token is refused: ")
     assert f"signed with key {id}, which isn't in the ring here" in text
-    assert text.endswith("Give the app and the engine the same key (DEFERLIB_KEY, or the same store with its key file)")
+    assert text.endswith("Give both the same DEFERLIB_STORE and DEFERLIB_KEY")
 
 
 @pytest.mark.parametrize(
@@ -829,8 +846,8 @@ def test_gunicorn_that_waits_for_itself_is_warned_of(
 @pytest.mark.parametrize(
     ("settings", "killed"),
     [
-        (gunicorn(workers=2, timeout=30), "calls of mail may take 31 s: give it --timeout 31, or --threads 8"),
-        (gunicorn(workers=2, timeout=5), "calls of default, mail may take 31 s: give it --timeout 31, or --threads 8"),
+        (gunicorn(workers=2, timeout=30), "calls of mail may take 31 s: give it --timeout 91, or --threads 8"),
+        (gunicorn(workers=2, timeout=5), "calls of default, mail may take 31 s: give it --timeout 91, or --threads 8"),
         (gunicorn(workers=2, timeout=31), ""),
         (gunicorn(workers=2, timeout=0), ""),
         (gunicorn(workers=2, timeout=5, kind="gthread", threads=4), ""),

@@ -367,7 +367,7 @@ def test_what_still_runs_after_the_grace_time_keeps_its_lease(bench: Bench, capl
     assert bench.now - begun == 25 * SECOND
     assert row is not None
     assert (row.state(bench.now), row.attempts) == ("leased", 1)
-    assert "1 tasks still ran" in caplog.text
+    assert "and run again: 1" in caplog.text
 
 
 def test_second_stop_shortens_the_grace_time(bench: Bench) -> None:
@@ -610,7 +610,7 @@ def test_first_engine_ends_the_leases_it_finds_only_if_it_takes_over(
     successor.run()
 
     assert sent == ([(1, 1)] if take_over else [])
-    assert ("the last engine was killed with 1 tasks running; they run again now" in caplog.text) is take_over
+    assert ("killed, and run again now: 1" in caplog.text) is take_over
 
 
 def test_engine_beside_another_one_takes_nothing_over(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
