@@ -190,6 +190,7 @@ class Dev:
         self._paper = Paper()
         self._child: _Child | None = None
         self._delivery: DevEngine | None = None
+        self._engine_failed = False
         self._began = time.monotonic()
         self._stops = 0
 
@@ -233,8 +234,10 @@ class Dev:
         match report:
             case {"stop": _}:
                 return 0
-            case {"engine": error}:
-                raise error
+            case {"engine": error}:  # its store was removed just as it started, say
+                self._engine_failed = True
+                self._shut(reloading=False)
+                self._paper.line("engine", f"ended: {error}; save a file to try again", _RED)
             case {"added": id} if self._delivery is not None:
                 self._delivery.added(id)
             case {"ready": settings, "wrapped": wrapped}:
@@ -253,7 +256,8 @@ class Dev:
         """The app is served: let the engine deliver to it, a new one if it uses other settings than before."""
         from deferlib.cli.devengine import DevEngine
 
-        if self._delivery is not None and self._delivery.report != report:
+        if self._delivery is not None and (self._engine_failed or self._delivery.report != report):
+            self._engine_failed = False
             self._paper.line("settings", "changed: a new engine starts", _CYAN)
             self._delivery.stop(0)
             self._delivery = None
