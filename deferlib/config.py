@@ -323,10 +323,16 @@ class Runtime:
     @property
     def store_name(self) -> str:
         """Which store this is, the same in every process of the machine that works on it; passwords masked."""
-        path = getattr(self.given_store, "path", None)  # a store of another kind than ours may have none
-        if self.given_store is None:
-            path = sqlite_path(self.settings["store"], self.settings.root)
+        path = self.store_path
         return str(self.settings.all["store"].shown) if path is None else f"sqlite:///{path}"
+
+    @property
+    def store_path(self) -> str | None:
+        """The file of an SQLite store, resolved; None for a store in memory and for any other."""
+        if self.given_store is None:
+            return sqlite_path(self.settings["store"], self.settings.root)
+        path = getattr(self.given_store, "path", None)  # a store of another kind than ours may have none
+        return None if path == ":memory:" else path
 
     def queues(self) -> list[QueueConfig]:
         """Return the configured queues: given ones, else queue.yaml's, else `default` alone; `default` is always there."""
@@ -353,10 +359,8 @@ class Runtime:
         """Return the file that the keys come from; None if they are a setting, or made up for a store in memory."""
         if self.settings["key"] is not None:
             return None
-        path = getattr(self.given_store, "path", None)  # a store of another kind than ours may have none
-        if self.given_store is None:
-            path = sqlite_path(self.settings["store"], self.settings.root)
-        return None if path is None or path == ":memory:" else f"{path}.key"
+        path = self.store_path
+        return None if path is None else f"{path}.key"
 
     def prefer(self, settings: Settings, names: Collection[str]) -> None:
         """Take the settings *names* from *settings* over what `configure` said: a command's flags come first."""

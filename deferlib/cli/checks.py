@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from deferlib import config
 from deferlib.cli.probe import Answer, ask
 from deferlib.cli.settings import unknown_hint, unknown_variables
-from deferlib.cli.show import rough
+from deferlib.cli.show import count, rough
 from deferlib.cli.store import listed
 from deferlib.core.model import MINUTE, SECOND, Micros, Mode, Page, QueueConfig, QueueRow, QueueStats, TaskState
 from deferlib.errors import Error
@@ -74,7 +74,7 @@ def _settings(case: Case) -> Iterator[Finding]:
     queue_file = case.runtime.queue_file()
     queues = case.runtime.queues()  # a mistake in queue.yaml ends the command, as it would end an engine
     where = (
-        f"{queue_file} with {_count(len(queues), 'queue')}"
+        f"{queue_file} with {count(len(queues), 'queue')}"
         if queue_file is not None
         else "no queue.yaml: one queue, default"
     )
@@ -107,7 +107,7 @@ def _store(case: Case) -> Iterator[Finding]:
         return
     case.store = store
     tasks, dead = sum(each.tasks for each in case.stats), sum(each.dead for each in case.stats)
-    yield Finding(OK, "store", f"{shown}: {_count(tasks, 'task')}, {_count(dead, 'dead letter')}")
+    yield Finding(OK, "store", f"{shown}: {count(tasks, 'task')}, {count(dead, 'dead letter')}")
     if case.path is not None:
         yield from _disk(case.path)
 
@@ -124,10 +124,6 @@ def _disk(path: str) -> Iterator[Finding]:
     free = stat.f_bavail * stat.f_frsize
     if free < _LOW_DISK:
         yield Finding(WARNING, "store", f"only {free // 2**20:,} MB are free on its disk; a full one takes no more tasks")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _file_system(path: str) -> str:
@@ -164,7 +160,7 @@ def _key(case: Case) -> Iterator[Finding]:
             "the keys here; add it after the first one"
         )  # fmt: skip
     else:
-        yield Finding(OK, "key", f"{where}: {_count(len(case.ring.ids()), 'key')}")
+        yield Finding(OK, "key", f"{where}: {count(len(case.ring.ids()), 'key')}")
 
 
 def _foreign_keys(case: Case, ring: Keyring) -> set[str]:
@@ -192,7 +188,7 @@ def _other_stores(case: Case) -> Iterator[Finding]:
         tasks = _tasks_in(path)
         level = WARNING if tasks else NOTE
         yield Finding(
-            level, "store", f"there is another one, {path}, with {_count(tasks, 'task')}: a process started in another "
+            level, "store", f"there is another one, {path}, with {count(tasks, 'task')}: a process started in another "
             "folder takes another store; set DEFERLIB_STORE, or have a pyproject.toml in the project's root"
         )  # fmt: skip
 
@@ -228,7 +224,7 @@ def _queues(case: Case) -> Iterator[Finding]:
             yield Finding(
                 NOTE,
                 f"queue {each.queue}",
-                f"has {_count(each.dead, 'dead letter')}; `deferlib tasks list {each.queue} --state dead`",
+                f"has {count(each.dead, 'dead letter')}; `deferlib tasks list {each.queue} --state dead`",
             )
 
 
@@ -241,7 +237,7 @@ def _failing(case: Case, store: Store) -> Iterator[Finding]:
     if rows:
         last = max(rows, key=lambda row: row.eta)
         yield Finding(
-            WARNING, "tasks", f"waiting for another attempt: {_count(len(rows), 'task')}; the last error: {last.reason} "
+            WARNING, "tasks", f"waiting for another attempt: {count(len(rows), 'task')}; the last error: {last.reason} "
             f"(`deferlib tasks show {last.public_name}`)"
         )  # fmt: skip
 

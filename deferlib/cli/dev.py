@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from deferlib import config
 from deferlib.cli.load import check_spec
 from deferlib.cli.settings import FLAGS, add_flags, given
+from deferlib.cli.show import count
 from deferlib.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -329,8 +330,6 @@ class Dev:
     def _stop(self) -> None:
         if self._delivery is not None:
             if self._delivery.running:
-                from deferlib.cli.devengine import count
-
                 running = count(self._delivery.running, "running call")
                 self._paper.line("stopping", f"{running}: up to {self._grace:g} s to finish; Ctrl-C again ends at once")
             self._delivery.stop(self._grace)

@@ -218,10 +218,8 @@ def _loaded(plan: Plan) -> Any:
 def _in_use() -> dict[str, Any]:
     """Return the settings that the app works with, for the engine to work with the same."""
     runtime = config.runtime()
-    path = getattr(runtime.given_store, "path", None)
-    if runtime.given_store is None:
-        path = config.sqlite_path(runtime.settings["store"], runtime.settings.root)
-    if path is None or path == ":memory:":
+    path = runtime.store_path
+    if path is None:
         raise ConfigError(
             "`deferlib dev` runs the engine in another process than the app, and a store in memory can't be shared; "
             "use a file (sqlite:///PATH), or deferlib.running(app) in a script"

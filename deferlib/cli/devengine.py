@@ -11,6 +11,7 @@ from deferlib.cli.gate import Gate
 from deferlib.cli.logs import log_to_stderr
 from deferlib.cli.narrate import Narrator, Paper
 from deferlib.cli.reload import QueueFileWatch
+from deferlib.cli.show import count
 from deferlib.core.model import SECOND, QueueConfig
 from deferlib.engine.build import build
 from deferlib.errors import Error, StoreError
@@ -103,8 +104,3 @@ class DevEngine:
         if dead:
             notes.append(f"{count(dead, 'dead letter')} from before: `deferlib tasks list --state dead`")
         return notes
-
-
-def count(number: int, what: str) -> str:
-    """Return "1 task", "2 tasks"."""
-    return f"{number:,} {what}{'s' if number != 1 else ''}"

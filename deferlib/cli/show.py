@@ -141,6 +141,11 @@ def rough(length: Micros) -> str:
     return f"{length // SECOND} s"
 
 
+def count(number: int, what: str) -> str:
+    """Return "1 task", "2 tasks"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def seconds(length: Micros | None) -> float | None:
     """Return a span of time in seconds, for programs; None for None."""
     return None if length is None else length / SECOND
