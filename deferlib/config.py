@@ -1,256 +1,21 @@
-"""Settings, and the process-wide runtime made of them: store, keys, clock.
-
-A setting comes from, in this order: an argument (of `configure` or a command's flag), the environment (`DEFERLIB_…`),
-`[tool.deferlib]` in the project's pyproject.toml, the default.
-"""
+"""The process-wide runtime, made of the settings: store, keys, queues, clock."""
 
 from __future__ import annotations
 
 import os
-import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
 from deferlib import keys, queue_yaml
 from deferlib.clock import Clock
 from deferlib.context import SYSTEM_CLOCK
 from deferlib.core.model import QueueConfig, QueueSource
 from deferlib.errors import ConfigError, KeyringError
+from deferlib.limits import Limits
+from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, working_directory
 from deferlib.store import Store
-
-DEFAULT_STORE = "sqlite:///.deferlib/tasks.db"
-DEFAULT_APP = "http://127.0.0.1:8080"
-_MEMORY = "sqlite:///:memory:"
-_SECRET = "***"
-
-
-# --- what a setting may be: each parser raises ValueError for what isn't allowed --------------------------------------
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value or re.search(r"[\x00-\x1f\x7f]", value):
-        raise ValueError
-    return value
-
-
-def _path(value: object) -> str:
-    return _text(os.fspath(value) if isinstance(value, os.PathLike) else value)
-
-
-def _keys(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
-
-
-def _whole(least: int, most: int) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, str | int) or not least <= int(value) <= most:
-            raise ValueError
-        return int(value)
-
-    return parse
-
-
-def _seconds(least: float) -> Callable[[object], float]:
-    def parse(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or not least <= float(value) <= 86_400:
-            raise ValueError
-        return float(value)
-
-    return parse
-
-
-def _store(value: object) -> str:
-    text = _text(value)
-    if not text.startswith(("sqlite:///", "postgresql://", "postgres://")):
-        raise ValueError
-    return text
-
-
-def _url(value: object) -> str:
-    text = _text(value)
-    if not re.match(r"https?://[^/\s?#@]+(/[^\s?#]*)?\Z", text):
-        raise ValueError
-    parts = urlsplit(text)
-    if not parts.hostname or parts.port == 0:  # a port that is none raises ValueError by itself
-        raise ValueError
-    return text.rstrip("/")
-
-
-def _targets(value: object) -> dict[str, str]:
-    if isinstance(value, str):
-        pairs = [tuple(part.strip() for part in pair.partition("=")[::2]) for pair in value.split(",") if pair.strip()]
-    elif isinstance(value, Mapping):
-        pairs = list(value.items())
-    else:
-        raise ValueError
-    targets: dict[str, str] = {}
-    for name, url in pairs:
-        if not isinstance(name, str) or not queue_yaml.TARGET.match(name) or name in targets:
-            raise ValueError
-        targets[name] = _url(url)
-    return targets
-
-
-def _prefix(value: object) -> str:
-    if value == "":
-        return ""
-    text = _text(value)
-    if not re.match(r"/[^\s?#]*[^\s?#/]\Z", text):
-        raise ValueError
-    return text
-
-
-class _Kind(NamedTuple):
-    parse: Callable[[object], Any]
-    default: Any
-    allowed: str
-    secret: bool = False
-
-
-SETTINGS: Mapping[str, _Kind] = {
-    "store": _Kind(_store, DEFAULT_STORE, "sqlite:///PATH, sqlite:///:memory: or postgresql://…"),
-    "key": _Kind(_keys, None, "signing keys of at least 16 bytes, separated by commas", secret=True),
-    "queues": _Kind(_path, None, "the path of a queue.yaml"),
-    "concurrency": _Kind(_whole(1, 10_000), None, "a whole number from 1 to 10000"),
-    "app": _Kind(_url, DEFAULT_APP, "http://HOST[:PORT][/PATH]"),
-    "targets": _Kind(_targets, {}, "NAME=http://HOST[:PORT], separated by commas, or a table of names and URLs"),
-    "prefix": _Kind(_prefix, "", "the path prefix that a proxy strips, like /tasks"),
-    "lease": _Kind(_seconds(0.001), 30.0, "seconds from 0.001 to 86400"),
-    "grace": _Kind(_seconds(0), 25.0, "seconds from 0 to 86400"),
-    "port": _Kind(_whole(1, 65_535), None, "a port from 1 to 65535"),
-}
-
-
-# --- collecting them --------------------------------------------------------------------------------------------------
-
-
-class Setting(NamedTuple):
-    """A setting's value, and where it came from. Its repr shows no secret."""
-
-    name: str
-    value: Any
-    source: str
-
-    @property
-    def shown(self) -> Any:
-        """The value for people: keys and passwords masked."""
-        if self.value is None:
-            return None
-        if SETTINGS[self.name].secret:
-            return _SECRET
-        return mask(self.value) if isinstance(self.value, str) else self.value
-
-    def __repr__(self) -> str:
-        return f"<Setting {self.name}={self.shown!r} from {self.source}>"
-
-
-class Settings:
-    """All settings with their sources; `settings["lease"]` is the value."""
-
-    __slots__ = ("all", "root")
-
-    def __init__(self, root: Path, all: Mapping[str, Setting]) -> None:
-        self.root = root
-        self.all = all
-
-    def __getitem__(self, name: str) -> Any:
-        return self.all[name].value
-
-    def shown(self) -> list[Setting]:
-        """Return every setting with its secrets masked, for people."""
-        return [Setting(name=s.name, value=s.shown, source=s.source) for s in self.all.values()]
-
-
-def mask(text: str) -> str:
-    """Return *text* without the passwords of the URLs in it; rather too much is masked than too little."""
-    text = re.sub(r"(?s)(\w*)://(.*)@", _mask_login, text)
-    return re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^&\s]*)", rf"\1{_SECRET}", text)
-
-
-def _mask_login(match: re.Match[str]) -> str:
-    scheme, (user, colon, _) = match[1], match[2].partition(":")
-    if scheme.startswith("http"):  # where a user's name alone may be an access token
-        return f"{scheme}://{_SECRET}@"
-    return f"{scheme}://{user}:{_SECRET}@" if colon else match[0]
-
-
-def load_settings(
-    given: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] = os.environ,
-    *,
-    flags: Mapping[str, str] | None = None,
-) -> Settings:
-    """Collect the settings; `ConfigError` says which is wrong, where it came from and what is allowed.
-
-    *flags* has the names by which people know what is *given*, where that isn't an argument of `configure`.
-    """
-    root = find_root(_working_directory())
-    project = _pyproject(root)
-    found = {}
-    for name, kind in SETTINGS.items():
-        variable = f"DEFERLIB_{name.upper()}"
-        if given is not None and given.get(name) is not None:
-            value, source = given[name], (flags or {}).get(name, "argument")
-        elif environ.get(variable):
-            value, source = environ[variable], variable
-        elif name in project:
-            value, source = project[name], "pyproject.toml [tool.deferlib]"
-        else:
-            found[name] = Setting(name=name, value=kind.default, source="default")
-            continue
-        try:
-            found[name] = Setting(name=name, value=kind.parse(value), source=source)
-        except (ValueError, OverflowError):
-            shown = _SECRET if kind.secret else mask(repr(value))
-            raise ConfigError(f"setting {name!r} from {source}: {shown} is not {kind.allowed}") from None
-    return Settings(root, found)
-
-
-def find_root(folder: Path) -> Path:
-    """Return the project root: the nearest folder with queue.yaml or pyproject.toml, else *folder*."""
-    for candidate in (folder, *folder.parents):
-        # os.path: a folder above that may not be looked into is no error
-        if os.path.isfile(candidate / "queue.yaml") or os.path.isfile(candidate / "pyproject.toml"):
-            return candidate
-    return folder
-
-
-def _working_directory() -> Path:
-    try:
-        return Path.cwd()
-    except OSError as error:
-        raise ConfigError(f"the working directory can't be read: {error.strerror}; change to one that exists") from None
-
-
-def _pyproject(root: Path) -> Mapping[str, Any]:
-    """Return [tool.deferlib] of the root's pyproject.toml; unknown settings are refused: they are misspelled ones."""
-    path = root / "pyproject.toml"
-    if not os.path.isfile(path):
-        return {}
-    import tomllib
-
-    try:
-        raw: Any = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8
-        raise ConfigError(f"{path}: is not TOML: {error}") from None
-    for key in ("tool", "deferlib"):
-        raw = raw.get(key, {}) if isinstance(raw, Mapping) else raw
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{path}: [tool.deferlib] is a table of settings")
-    for name in raw:
-        if name not in SETTINGS:
-            raise ConfigError(f"{path}: [tool.deferlib]: unknown setting {name!r}; known are {', '.join(SETTINGS)}")
-    return raw
-
-
-# --- the runtime ------------------------------------------------------------------------------------------------------
 
 
 def sqlite_path(dsn: str, root: Path) -> str | None:
@@ -258,7 +23,7 @@ def sqlite_path(dsn: str, root: Path) -> str | None:
 
     A relative path is relative to *root*, the project root, so that every process finds the same file.
     """
-    if not dsn.startswith("sqlite:///") or dsn == _MEMORY:
+    if not dsn.startswith("sqlite:///") or dsn == MEMORY_STORE:
         return None
     path = dsn.removeprefix("sqlite:///")
     if not path:
@@ -271,7 +36,7 @@ def connect(dsn: str, root: Path | None = None) -> Store:
     if dsn.startswith("sqlite:///"):
         from deferlib.store.sqlite import MEMORY, SqliteStore
 
-        return SqliteStore(sqlite_path(dsn, root or find_root(_working_directory())) or MEMORY)
+        return SqliteStore(sqlite_path(dsn, root or find_root(working_directory())) or MEMORY)
     if dsn.startswith(("postgresql://", "postgres://")):
         raise ConfigError("the PostgreSQL store isn't available in this version; use sqlite:///PATH")
     raise ConfigError(f"a store is {SETTINGS['store'].allowed}")
@@ -296,6 +61,12 @@ class Runtime:
         self._store: Store | None = None
         self._ring: keys.Keyring | None = None
         self._lock = threading.Lock()
+
+    @property
+    def limits(self) -> Limits:
+        """The limits in force."""
+        limits: Limits = self.settings["limits"]
+        return limits
 
     @property
     def opened(self) -> bool:
@@ -405,7 +176,7 @@ class Runtime:
         path = self.key_file()
         if path is not None:
             return keys.from_file(path)
-        if self.given_store is not None or self.settings["store"] == _MEMORY:
+        if self.given_store is not None or self.settings["store"] == MEMORY_STORE:
             return keys.parse(keys.generate())
         raise KeyringError(
             "a store on PostgreSQL needs DEFERLIB_KEY, the same for every process; "

@@ -26,9 +26,9 @@ import yaml
 from deferlib import errors, queue_yaml
 from deferlib.cli import _parser
 from deferlib.cli.settings import FLAGS
-from deferlib.config import SETTINGS
 from deferlib.core.backoff import backoff
 from deferlib.core.model import SECOND, RetryPolicy
+from deferlib.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -23,6 +23,7 @@ import yaml
 
 from deferlib import cli, config, keys
 from deferlib.errors import KeyringError
+from deferlib.settings import load_settings
 from tests.system.processes import TIMEOUT, free_port, kill, listens, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +219,7 @@ def test_environment_file_names_a_store_and_no_key_that_could_stay() -> None:
     lines = [line for line in (PRODUCTION / "deferlib.env").read_text().splitlines() if not line.startswith("#")]
     environ = dict(line.split("=", 1) for line in lines)
 
-    settings = config.load_settings(environ=environ)
+    settings = load_settings(environ=environ)
 
     assert config.sqlite_path(settings["store"], ROOT) == "/var/lib/shop/tasks.db"
     with pytest.raises(KeyringError):

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 LAYERS = [
     {"core"},
     {"clock"},
-    {"context", "keys", "namespaces", "ids", "queue_yaml"},
+    {"context", "keys", "namespaces", "ids", "queue_yaml", "limits"},
     {"payload", "token", "store"},
+    {"settings"},
     {"config", "call_text"},
     {"taskqueue"},
     {"inbound", "checkup"},

@@ -17,8 +17,8 @@ from functools import partial
 from typing import NoReturn
 
 from deferlib.cli.show import safe
-from deferlib.config import mask
 from deferlib.errors import Error
+from deferlib.settings import mask
 
 REFUSED = 2
 

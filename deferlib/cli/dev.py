@@ -19,11 +19,11 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from deferlib import config
 from deferlib.cli.load import check_spec
 from deferlib.cli.settings import FLAGS, add_flags, given
 from deferlib.cli.show import count
 from deferlib.errors import ConfigError
+from deferlib.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from deferlib.cli.devengine import DevEngine
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve and deliver until Ctrl-C; return the exit code."""
     check_spec(arguments.app)
     flags = given(arguments)
-    settings = config.load_settings(flags, flags=FLAGS)  # a mistake in them is told before anything starts
+    settings = load_settings(flags, flags=FLAGS)  # a mistake in them is told before anything starts
     with _listen(arguments.host, arguments.port) as listener:
         dev = Dev(arguments.app, listener, flags, settings)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -174,7 +174,7 @@ class _Child:
 class Dev:
     """The parent: starts the child again and again, and keeps one engine for all of them."""
 
-    def __init__(self, app: str, listener: socket.socket, flags: dict[str, str], settings: config.Settings) -> None:
+    def __init__(self, app: str, listener: socket.socket, flags: dict[str, str], settings: Settings) -> None:
         from deferlib.cli.narrate import Paper
 
         host, port = listener.getsockname()[:2]

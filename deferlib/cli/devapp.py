@@ -24,6 +24,7 @@ from deferlib.cli.load import AppBroken, Stopped, load_app
 from deferlib.cli.logs import log_to_stderr
 from deferlib.cli.narrate import Paper
 from deferlib.errors import ConfigError, Error
+from deferlib.settings import find_root, load_settings
 
 _LOOK_SECONDS = 0.5  # between two looks at the files
 _ACK_SECONDS = 2.0
@@ -194,7 +195,7 @@ def _is_wrapped(app: Any) -> bool:
 
 def _setting_files(plan: Plan) -> list[str]:
     """Return the files beside the code where a mistake may be."""
-    root = config.find_root(Path.cwd())
+    root = find_root(Path.cwd())
     return [str(root / name) for name in ("pyproject.toml", plan.given.get("queues") or "queue.yaml")]
 
 
@@ -204,14 +205,14 @@ def _variables() -> dict[str, str]:
 
 def _loaded(plan: Plan) -> Any:
     before = _variables()
-    runtime = config.Runtime(settings=config.load_settings(plan.given, flags=plan.flags))
+    runtime = config.Runtime(settings=load_settings(plan.given, flags=plan.flags))
     config.install(runtime)  # before the app is imported, so that it finds the store that the flags name
     app = load_app(plan.app)
     current = config.runtime()
     if current is not runtime:
         current.prefer(runtime.settings, plan.given.keys())
     elif _variables() != before and not runtime.opened:  # the app has loaded its .env
-        config.install(config.Runtime(settings=config.load_settings(plan.given, flags=plan.flags)))
+        config.install(config.Runtime(settings=load_settings(plan.given, flags=plan.flags)))
     return app
 
 

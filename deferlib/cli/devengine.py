@@ -15,6 +15,7 @@ from deferlib.cli.show import count
 from deferlib.core.model import SECOND, QueueConfig
 from deferlib.engine.build import build
 from deferlib.errors import Error, StoreError
+from deferlib.settings import load_settings
 
 if TYPE_CHECKING:
     from deferlib.engine.engine import Engine
@@ -28,7 +29,7 @@ class DevEngine:
         queues = report["queues"]
         self.report = report
         self.runtime = config.Runtime(
-            settings=config.load_settings({**report["settings"], "app": url}),
+            settings=load_settings({**report["settings"], "app": url}),
             given_queues=None if queues is None else [QueueConfig.from_json(text) for text in queues],
         )
         self.notes = self._notes()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deferlib import config
 from deferlib.cli.show import print_fields, print_json, print_table
+from deferlib.settings import DEFAULT_APP, DEFAULT_STORE, SETTINGS, Settings, load_settings
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Any]  # what add_subparsers returns has no public name
@@ -25,9 +26,9 @@ FLAGS = {
     "grace": "--grace",
 }
 _HELP = {
-    "store": ("DSN", f"the store: sqlite:///PATH, relative to the project root (default: {config.DEFAULT_STORE})"),
+    "store": ("DSN", f"the store: sqlite:///PATH, relative to the project root (default: {DEFAULT_STORE})"),
     "queues": ("FILE", "the queue.yaml, relative to the project root (default: queue.yaml there, if there is one)"),
-    "app": ("URL", f"where the app is served, for an engine that pushes (default: {config.DEFAULT_APP})"),
+    "app": ("URL", f"where the app is served, for an engine that pushes (default: {DEFAULT_APP})"),
     "targets": ("NAME=URL", "the base URL of a named target, for an engine that pushes; may be repeated"),
     "concurrency": (
         "N",
@@ -69,20 +70,20 @@ def given(arguments: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def settings_of(arguments: argparse.Namespace) -> config.Settings:
+def settings_of(arguments: argparse.Namespace) -> Settings:
     """Return the settings, flags first."""
-    return config.load_settings(given(arguments), flags=FLAGS)
+    return load_settings(given(arguments), flags=FLAGS)
 
 
 def unknown_variables() -> list[str]:
     """Return the variables of the environment that look like settings and are none: misspelled ones."""
-    known = {f"DEFERLIB_{name.upper()}" for name in config.SETTINGS} | _NOT_SETTINGS
+    known = {f"DEFERLIB_{name.upper()}" for name in SETTINGS} | _NOT_SETTINGS
     return sorted(name for name in os.environ if name.startswith("DEFERLIB_") and name not in known)
 
 
 def unknown_hint(name: str) -> str:
     """Return what is wrong with a variable that is no setting."""
-    close = difflib.get_close_matches(name.removeprefix(_PREFIX), [known.upper() for known in config.SETTINGS], n=1)
+    close = difflib.get_close_matches(name.removeprefix(_PREFIX), [known.upper() for known in SETTINGS], n=1)
     hint = f"; did you mean {_PREFIX}{close[0]}?" if close else "; `deferlib config` shows those there are"
     return f"{name} is set, but is no setting{hint}"
 

@@ -18,6 +18,7 @@ from deferlib.context import SYSTEM_CLOCK
 from deferlib.core.model import MINUTE, Micros
 from deferlib.errors import Error, KeyringError, StoreUnavailableError
 from deferlib.keys import Keyring
+from deferlib.settings import Settings
 from deferlib.store import Store, Tx
 from deferlib.taskqueue.unserved import oldest_due
 
@@ -31,7 +32,7 @@ class Opened:
     """A store, open, and what else a command needs to know."""
 
     store: Store
-    settings: config.Settings
+    settings: Settings
     clock: Clock = SYSTEM_CLOCK
 
     def now(self) -> Micros:

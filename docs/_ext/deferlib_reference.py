@@ -208,7 +208,7 @@ def find_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, cont
 def setting_facts(name: str) -> list[tuple[str, str, bool]]:
     """Return what the code knows of a setting: what it is, the text, and whether it is code."""
     from deferlib.cli.settings import FLAGS
-    from deferlib.config import SETTINGS
+    from deferlib.settings import SETTINGS
 
     kind = SETTINGS[name]
     default = f"{kind.default:g}" if isinstance(kind.default, float) else str(kind.default or "")

@@ -34,6 +34,7 @@ from deferlib.core.model import (
     QueueConfig,
     QueueSource,
 )
+from deferlib.settings import SETTINGS
 
 KEY = "canary-key-0123456789"
 PASSWORD = "canary-password"
@@ -936,7 +937,7 @@ def test_config_shows_every_setting_with_its_source_and_the_places(
     text = cli("config", *flags).out
 
     assert set(document) == {"root", "queue_file", "store_path", "key_file", "settings", "unknown"}
-    assert list(document["settings"]) == list(config.SETTINGS)
+    assert list(document["settings"]) == list(SETTINGS)
     assert document["settings"]["store"] == {"value": "sqlite:///x.db", "source": "--store"}
     assert document["settings"]["targets"] == {"value": {"a": "http://a", "b": "http://b"}, "source": "--target"}
     assert document["settings"]["lease"] == {"value": 7.0, "source": "DEFERLIB_LEASE"}
@@ -965,7 +966,8 @@ def test_config_without_queue_yaml_and_with_a_key(project: Path, cli: Cli, monke
 def test_every_setting_has_a_flag_unless_there_is_a_reason() -> None:
     from deferlib.cli.settings import FLAGS
 
-    without = set(config.SETTINGS) - set(FLAGS)
+    without = set(SETTINGS) - set(FLAGS)
 
-    # A key on the command line is seen by every user of the machine; a prefix is the app's business; there is no port yet.
-    assert without == {"key", "prefix", "port"}
+    # A key on the command line is seen by every user of the machine; prefix, limits and margin are the app's business;
+    # there is no port yet.
+    assert without == {"key", "prefix", "port", "limits", "deadline_margin"}

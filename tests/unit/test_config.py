@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 import deferlib
 from deferlib import config, keys
-from deferlib.config import Runtime, load_settings
+from deferlib.config import Runtime
 from deferlib.core.model import QueueConfig, QueueSource
 from deferlib.errors import ConfigError, Error, InvalidQueueError, KeyringError
+from deferlib.settings import DEFAULT_APP, SETTINGS, load_settings, mask
 
 KEY = "canary-key-0123456789"
 PASSWORD = "canary-password"
@@ -54,7 +55,7 @@ def test_argument_beats_environment_beats_pyproject_beats_default(project: Path)
 
     settings = load_settings({"lease": 3}, environ)
 
-    assert [settings[name] for name in names] == [3.0, 2.0, 1, config.DEFAULT_APP]
+    assert [settings[name] for name in names] == [3.0, 2.0, 1, DEFAULT_APP]
     assert [settings.all[name].source for name in names] == [
         "argument", "DEFERLIB_GRACE", "pyproject.toml [tool.deferlib]", "default"
     ]  # fmt: skip
@@ -77,7 +78,7 @@ def test_environment_is_read_when_asked_not_at_import(monkeypatch: pytest.Monkey
 
 
 def test_every_default_is_allowed() -> None:
-    for name, kind in config.SETTINGS.items():
+    for name, kind in SETTINGS.items():
         assert kind.default is None or kind.parse(kind.default) == kind.default, name
 
 
@@ -111,7 +112,7 @@ def test_bad_value_names_setting_source_and_what_is_allowed(name: str, value: An
 
     message = str(caught.value)
     assert message.startswith(f"setting {name!r} from argument: ")
-    assert message.endswith(f" is not {config.SETTINGS[name].allowed}")
+    assert message.endswith(f" is not {SETTINGS[name].allowed}")
     assert "\n" not in message
     assert "\x1b" not in message
 
@@ -154,7 +155,7 @@ def test_targets_may_be_a_toml_table(project: Path) -> None:
 
 
 @given(
-    st.sampled_from(sorted(config.SETTINGS)),
+    st.sampled_from(sorted(SETTINGS)),
     st.one_of(st.text(), st.integers(), st.floats(), st.dictionaries(st.text(), st.text())),
 )
 def test_any_value_gives_settings_or_a_config_error(name: str, value: object) -> None:
@@ -295,8 +296,8 @@ def test_passwords_are_masked(dsn: str) -> None:
 
 
 def test_user_without_a_password_is_shown() -> None:
-    assert config.mask("postgresql://user@host/db") == "postgresql://user@host/db"
-    assert config.mask("http://token@host") == "http://***@host"
+    assert mask("postgresql://user@host/db") == "postgresql://user@host/db"
+    assert mask("http://token@host") == "http://***@host"
 
 
 @pytest.mark.parametrize(
@@ -475,7 +476,7 @@ def test_mistake_in_queue_yaml_leaves_no_new_store_behind(project: Path) -> None
 
 def test_runtime_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
-    real = config.load_settings
+    real = load_settings
     monkeypatch.setattr(config, "load_settings", lambda: made.append(1) or real())
     found: list[Runtime] = []
     threads = [threading.Thread(target=lambda: found.append(config.runtime())) for _ in range(8)]

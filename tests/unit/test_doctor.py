@@ -28,6 +28,7 @@ from deferlib.context import Dispatch, TaskContext
 from deferlib.contrib.asgi import wrap_asgi_app
 from deferlib.core.model import DAY, MINUTE, SECOND, Action, ClaimSpec, Micros, NewTask, Outcome, QueueConfig, QueueSource
 from deferlib.keys import Keyring
+from deferlib.settings import SETTINGS, load_settings
 from tests.unit.bad_servers import answering_once, closed_port, serving
 
 KEY = "canary-key-0123456789"
@@ -73,8 +74,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "queue.yaml").write_text("queue:\n- name: default\n- name: mail\n")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "100")
-    default = config.SETTINGS["app"]._replace(default=f"http://127.0.0.1:{closed_port()}")
-    monkeypatch.setitem(config.SETTINGS, "app", default)
+    default = SETTINGS["app"]._replace(default=f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setitem(SETTINGS, "app", default)
     former = config.install(None)
     yield folder
     made = config.install(former)
@@ -478,7 +479,7 @@ def test_tasks_of_a_key_that_is_not_here_are_a_problem(
 def test_another_store_is_found(project: Path, doctor: Doctor, place: str, tasks: int, level: str) -> None:
     path = project.parent / ".deferlib" / "tasks.db" if not place else project / place / ".deferlib" / "tasks.db"
     path.parent.mkdir(parents=True)
-    other = config.Runtime(settings=config.load_settings({"store": f"sqlite:///{path}"}))
+    other = config.Runtime(settings=load_settings({"store": f"sqlite:///{path}"}))
     assert other.store.served() is False
     for number in range(tasks):
         add(number, runtime=other)
@@ -694,7 +695,7 @@ def test_app_that_redirects_is_a_problem_and_is_not_followed(doctor: Doctor, sto
 def test_unreachable_app_is_a_problem_only_where_it_was_chosen(
     doctor: Doctor, store: config.Runtime, monkeypatch: pytest.MonkeyPatch, chosen: bool
 ) -> None:
-    url = config.SETTINGS["app"].default
+    url = SETTINGS["app"].default
     if chosen:
         monkeypatch.setenv("DEFERLIB_APP", url)
 
@@ -717,7 +718,7 @@ def test_app_that_does_not_answer_in_time_is_a_problem_even_by_default(
 
     monkeypatch.setattr(probe, "_SECONDS", 0.1)
     with served(busy) as base:
-        monkeypatch.setitem(config.SETTINGS, "app", config.SETTINGS["app"]._replace(default=base))
+        monkeypatch.setitem(SETTINGS, "app", SETTINGS["app"]._replace(default=base))
         found = doctor()
         over.set()
 
