@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from deferlib import config, context, namespaces, payload, token
-from deferlib.context import Dispatch
+from deferlib import config, context, deadline, namespaces, payload, token
+from deferlib.context import Dispatch, TaskContext
 from deferlib.errors import (
     DeadlineExceededError,
     PayloadError,
@@ -24,6 +24,9 @@ from deferlib.errors import (
 )
 
 log = logging.getLogger("deferlib.handler")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _ANSWER_BYTES = 300
 # What ends an attempt, as its failure. sys.exit() in a call is meant for a script, not for the server that runs it.
@@ -66,6 +69,11 @@ class Answer(NamedTuple):
             headers.append(("Allow", "POST"))
         return headers
 
+    @property
+    def response(self) -> tuple[str, HTTPStatus, list[tuple[str, str]]]:
+        """Body, status and headers, as App Engine's handler returns them."""
+        return self.body, self.status, self.headers
+
     def respond(self, start_response: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
         """Answer a WSGI request."""
         start_response(f"{self.status.value} {self.status.phrase}", self.headers)
@@ -84,19 +92,30 @@ def refuse(error: TokenError) -> Answer:
     return Answer(HTTPStatus.FORBIDDEN, "untrusted", f"The dispatch token is refused: {text}")
 
 
+def stopped(task: TaskContext, error: DeadlineExceededError) -> Answer:
+    """Return the answer of a view that let its task's `DeadlineExceededError` pass, and log it."""
+    text = _deadline_text(task, error)
+    url = payload.one_line(task.url, _ANSWER_BYTES)
+    line = "%s was stopped at its deadline (queue %s, task %s, attempt %d)"
+    log.error(line, url, task.queue, task.name, task.attempt, exc_info=_of_the_call(error))
+    return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "retry", text)
+
+
 class Attempt:
     """One run of a delivered call: inside the `with` block its task is the current one, in its namespace.
 
-    Whatever the block raises ends there and becomes the `answer`, but KeyboardInterrupt and its like come through.
+    Whatever the block raises ends there and becomes the `answer`, but KeyboardInterrupt and its like come through. Only
+    what `run` runs is told of its deadline.
 
     >>> with Attempt(dispatch) as attempt:  # doctest: +SKIP
-    ...     attempt.load(data)()
+    ...     finished(attempt.run(lambda: attempt.load(data)()))
     >>> attempt.answer.status  # doctest: +SKIP
     """
 
-    __slots__ = ("_label", "_loading", "_namespace", "_running", "_task", "answer")
+    __slots__ = ("_default", "_dispatch", "_label", "_loading", "_namespace", "_running", "_task", "answer")
 
     def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
         self._task = dispatch.context
         self._label = ""
         self._loading = False
@@ -106,7 +125,15 @@ class Attempt:
         self._namespace = namespaces.get_namespace()
         namespaces.set_namespace(self._task.namespace)
         self._running = context.running.set(self._task)
+        self._default = namespaces.default_namespace.set(self._dispatch.default_namespace)
         return self
+
+    def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call *fn*, with a `DeadlineExceededError` in it shortly before the task's deadline; none comes after it ends.
+
+        A function, because the end of a `with` block is Python too: an exception could come there, and reach its caller.
+        """
+        return deadline.call(self._task, fn, *args, **kwargs)
 
     def load(self, data: bytes) -> Loaded:
         """Verify and unpickle the call; a `PayloadError` says what is wrong with it."""
@@ -128,6 +155,7 @@ class Attempt:
             self.answer = self._judge(error)
             return True
         finally:
+            namespaces.default_namespace.reset(self._default)
             context.running.reset(self._running)
             namespaces.set_namespace(self._namespace)
 
@@ -142,14 +170,24 @@ class Attempt:
             case PayloadError() if self._loading:  # of a call that raises one by itself, it is an error like any other
                 log.error("%s can't be run (queue %s, task %s, attempt %d): %s", *who, text)
                 return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, _payload_outcome(error), text)
-            case PermanentTaskFailure():
+            case PermanentTaskFailure() if not isinstance(error, PayloadError):
                 log.error("%s failed for good (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error))
                 return Answer(HTTPStatus.OK, "permanent", text)
             case SingularTaskFailure():
                 log.debug("%s asks to be run again (queue %s, task %s, attempt %d)", *who)
                 return Answer(HTTPStatus.REQUEST_TIMEOUT, "retry", text)
+            case DeadlineExceededError():
+                log.error(
+                    "%s was stopped at its deadline (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error)
+                )
+                return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "retry", _deadline_text(task, error))
         log.error("%s failed (queue %s, task %s, attempt %d)", *who, exc_info=_of_the_call(error))
         return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, "retry", text)
+
+
+def _deadline_text(task: TaskContext, error: DeadlineExceededError) -> str:
+    """Return what *error* says; one that the watchdog raised says nothing by itself."""
+    return payload.describe_error(error if error.args else DeadlineExceededError(deadline.describe(task)))
 
 
 def _of_the_call(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
@@ -177,14 +215,18 @@ def perform(dispatch: Dispatch, data: bytes, finish: Callable[[Any], Any] | None
     *finish* waits for what a coroutine function returns; by default a loop is made for it.
     """
     with Attempt(dispatch) as attempt:
-        (finish or finished)(attempt.load(data)())
+        (finish or finished)(attempt.run(lambda: attempt.load(data)()))
     return attempt.answer
 
 
 def finished(value: Any) -> Any:
-    """Run an awaitable to its end, on a loop of its own; return anything else as it is."""
+    """Run an awaitable to its end, or its task's deadline, on a loop of its own; return anything else as it is."""
     if not hasattr(value, "__await__"):
         return value
+    return deadline.unguarded(_run_loop, value)  # the loop is told by its own clock, not by an exception inside it
+
+
+def _run_loop(value: Awaitable[Any]) -> Any:
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -197,11 +239,14 @@ def finished(value: Any) -> Any:
 
 
 async def uncancelled(awaitable: Awaitable[Any]) -> Any:
-    """Wait for *awaitable*; if it cancels itself that is a failure like any other, and not an end of whoever waits."""
+    """Wait for *awaitable* until its task's deadline; it is cancelled then, which is a `DeadlineExceededError`.
+
+    If it cancels itself that is a failure like any other, and not an end of whoever waits.
+    """
     import asyncio
 
     try:
-        return await awaitable
+        return await deadline.limited(awaitable)
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():

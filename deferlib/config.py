@@ -54,6 +54,7 @@ class Runtime:
         given_store: Store | None = None,
     ) -> None:
         self.settings = settings
+        self.limits: Limits = settings["limits"]
         self.clock = clock
         self.given_queues = given_queues
         self.given_store = given_store
@@ -61,12 +62,6 @@ class Runtime:
         self._store: Store | None = None
         self._ring: keys.Keyring | None = None
         self._lock = threading.Lock()
-
-    @property
-    def limits(self) -> Limits:
-        """The limits in force."""
-        limits: Limits = self.settings["limits"]
-        return limits
 
     @property
     def opened(self) -> bool:
@@ -107,10 +102,11 @@ class Runtime:
 
     def queues(self) -> list[QueueConfig]:
         """Return the configured queues: given ones, else queue.yaml's, else `default` alone; `default` is always there."""
-        configs = self.given_queues
+        configs, where = self.given_queues, "configure()"
         if configs is None:
             path = self.queue_file()
-            configs = queue_yaml.read(path) if path is not None else []
+            configs, where = (queue_yaml.read(path), str(path)) if path is not None else ([], "")
+        queue_yaml.check(configs, self.limits, where)
         if all(config.name != "default" for config in configs):
             configs = [QueueConfig(name="default"), *configs]
         return configs
@@ -136,6 +132,7 @@ class Runtime:
     def prefer(self, settings: Settings, names: Collection[str]) -> None:
         """Take the settings *names* from *settings* over what `configure` said: a command's flags come first."""
         self.settings = Settings(settings.root, {**self.settings.all, **{name: settings.all[name] for name in names}})
+        self.limits = self.settings["limits"]
         if "queues" in names:
             self.given_queues = None
         if "store" in names:

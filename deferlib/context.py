@@ -62,6 +62,11 @@ class Dispatch(NamedTuple):
     context: TaskContext
     headers: Mapping[str, str]  # X-AppEngine-… and their values
 
+    @property
+    def default_namespace(self) -> str | None:
+        """What `namespaces.google_apps_namespace` returns in the request."""
+        return self.headers.get("X-AppEngine-Default-Namespace")
+
 
 ENVIRON_KEY = "deferlib.claim"
 SYSTEM_CLOCK = SystemClock()

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from datetime import datetime
 from http import HTTPStatus
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
 from deferlib import attempt, config, context, inbound, payload
 from deferlib.context import Dispatch
 from deferlib.errors import (
     DeferredError,
+    InvalidDispatchDeadlineError,
     NotAvailableError,
     PermanentTaskFailure,
     SingularTaskFailure,
@@ -31,8 +33,10 @@ __all__ = [
     "adefer",
     "application",
     "defer",
+    "invoke_member",
     "run",
     "serialize",
+    "set_log_level",
     "using",
 ]
 
@@ -44,7 +48,12 @@ _RESERVED = (
 )  # fmt: skip
 
 
+_headers_log = logging.getLogger("deferlib.handler.headers")
+_ATTEMPT_KEY = "deferlib.attempt"
+_log_level = logging.INFO
+
 P = ParamSpec("P")
+Response: TypeAlias = tuple[str, HTTPStatus, list[tuple[str, str]]]  # body, status, headers
 
 
 # --- deferring ------------------------------------------------------------------------------------------------------
@@ -69,7 +78,8 @@ def defer(
 
     When this returns, the call is on disk: it survives the death of every process. Underscore arguments say how:
     *_countdown* in seconds from now or *_eta* as a datetime (naive: local time), *_queue*, *_name* (a name is taken
-    once), *_retry_options*, *_target*, *_headers*, *_url* of another handler.
+    once), *_retry_options*, *_target*, *_headers*, *_url* of another handler (None: the queue's default URL,
+    `/_ah/queue/` and its name).
 
     Raises ValueError if *fn* isn't callable, `UnpicklableCallError` naming the argument that can't be pickled, the
     errors of `Queue.add`, and a `StoreError` if the store can't take it.
@@ -164,15 +174,22 @@ def _prepare(
     task = Task.of_call(
         payload.dump_call(fn, args, kwargs),
         name=options.name,
-        url=DEFAULT_URL if options.url is None else options.url,
+        url=options.url or "",
         headers=_headers(options.headers) if options.headers else _HEADERS,
         countdown=options.countdown,
         eta=options.eta,
         retry_options=options.retry_options,
         target=options.target,
-        dispatch_deadline_usec=None if options.deadline is None else round(options.deadline * 1e6),
+        dispatch_deadline_usec=None if options.deadline is None else _micros(options.deadline),
     )
     return queue, task
+
+
+def _micros(seconds: float) -> int:
+    try:
+        return round(seconds * 1e6)
+    except (ValueError, OverflowError):  # NaN, infinite
+        raise InvalidDispatchDeadlineError(f"deadline is {seconds!r}: a number of seconds is needed") from None
 
 
 def _headers(given: Mapping[str, str]) -> dict[str, str]:
@@ -230,31 +247,59 @@ def run(data: bytes) -> Any:
     return attempt.finished(fn(*args, **kwargs))
 
 
+def invoke_member(obj: object, membername: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a method by its name and return its value. App Engine pickled methods by this; deferlib needs it no more."""
+    return getattr(obj, membername)(*args, **kwargs)
+
+
+def set_log_level(level: int) -> None:
+    """Set the level at which each call's `X-AppEngine-*` headers are logged, on one line; INFO unless it is set.
+
+    The logger is `deferlib.handler.headers`.
+    """
+    global _log_level
+    _log_level = logging._checkLevel(level)  # type: ignore[attr-defined]  # as Logger.setLevel does
+
+
 class Handler:
     """The WSGI application at `/_ah/queue/deferred`: runs the call that an engine delivers, and nothing else.
 
-    For a handler at another URL, call `post(environ)` in a view of that URL.
+    For a handler at another URL, call `post(environ)` in a view of that URL. To do something around every call, override
+    `run_from_request`, call the original in it, and mount an instance.
     """
 
-    def post(self, environ: dict[str, Any]) -> tuple[str, HTTPStatus, list[tuple[str, str]]]:
-        """Run the request's call; return the body, the status and the headers of the answer."""
-        answer = self.answer(environ)
-        return answer.body, answer.status, answer.headers
+    def run_from_request(self, environ: dict[str, Any]) -> Response:
+        """Run the request's call, discard its value, and return the answer of a success: body, status, headers.
 
-    def answer(self, environ: dict[str, Any]) -> attempt.Answer:
-        """Run the request's call and return the `Answer`."""
+        A request that isn't an engine's gets 403. What the call raises comes through; `PayloadError` for a call that can't
+        be run here.
+        """
+        current = environ.get(_ATTEMPT_KEY)
+        if not isinstance(current, attempt.Attempt):  # by a view of its own, outside of post()
+            dispatch = _received(environ)
+            if isinstance(dispatch, attempt.Answer):
+                return dispatch.response
+            current = attempt.Attempt(dispatch)
+        attempt.finished(current.load(inbound.read_body(environ))())
+        return attempt.SUCCESS.response
+
+    def post(self, environ: dict[str, Any]) -> Response:
+        """Run the request's call; return the body, the status and the headers of the answer."""
         if environ["REQUEST_METHOD"] != "POST":
-            return self._checkup(environ)
-        try:
-            dispatch = environ.get(context.ENVIRON_KEY)
-            if not isinstance(dispatch, Dispatch):  # it comes from another process
-                dispatch = inbound.recognise(environ, config.runtime())
-            if dispatch is None:
-                return attempt.FORBIDDEN
-            data = inbound.read_body(environ)
-        except TokenError as error:
-            return attempt.refuse(error)
-        return copy_context().run(attempt.perform, dispatch, data)
+            return self._checkup(environ).response
+        dispatch = _received(environ)
+        if isinstance(dispatch, attempt.Answer):
+            return dispatch.response
+        if _headers_log.isEnabledFor(_log_level):
+            _headers_log.log(_log_level, ", ".join(f"{name}:{value}" for name, value in dispatch.headers.items()))
+        return copy_context().run(self._attempt, dispatch, environ)
+
+    def _attempt(self, dispatch: Dispatch, environ: dict[str, Any]) -> Response:
+        response: Response | None = None
+        with attempt.Attempt(dispatch) as current:
+            environ[_ATTEMPT_KEY] = current
+            response = current.run(self.run_from_request, environ)
+        return response or current.answer.response  # of a failure; or an override says nothing of a success
 
     def _checkup(self, environ: dict[str, Any]) -> attempt.Answer:
         """Tell `deferlib doctor` about this process, and anybody else that calls come by POST."""
@@ -275,9 +320,27 @@ class Handler:
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]
     ) -> Iterable[bytes]:
-        body, status, headers = self.post(environ)  # not answer(): App Engine's programs override post()
-        start_response(f"{status.value} {status.phrase}", headers)
+        body, status, headers = self.post(environ)
+        start_response(f"{status:d} {HTTPStatus(status).phrase}", headers)
         return [body.encode()]
+
+
+def is_at_queues_url(dispatch: Dispatch) -> bool:
+    """Tell whether a task goes to its queue's default URL: it may be a call (`_url=None`), and few apps have a view."""
+    return dispatch.context.url == f"/_ah/queue/{dispatch.context.queue}"
+
+
+def _received(environ: dict[str, Any]) -> Dispatch | attempt.Answer:
+    """Return what the request is part of, its body read; the answer to it if an engine didn't make it."""
+    try:
+        known = environ.get(context.ENVIRON_KEY)
+        dispatch = known if isinstance(known, Dispatch) else inbound.recognise(environ, config.runtime())
+        if dispatch is None:
+            return attempt.FORBIDDEN
+        inbound.read_body(environ)
+    except TokenError as error:
+        return attempt.refuse(error)
+    return dispatch
 
 
 application = Handler()

@@ -131,6 +131,10 @@ class InvalidDispatchDeadlineError(Error):
     """A dispatch deadline is between 15 seconds and 24 hours, in microseconds."""
 
 
+class RPCDeadlineExceededError(TransientError):
+    """A request to the store took longer than the deadline of its RPC object; it may still be done."""
+
+
 class UnpicklableCallError(Error, pickle.PicklingError):
     """The call can't be pickled."""
 
@@ -153,7 +157,7 @@ class SingularTaskFailure(DeferredError):
 class DeadlineExceededError(BaseException):
     """The call's dispatch deadline is near; save what matters and return.
 
-    This version doesn't raise it by itself: ask `current_task().remaining()`, and raise it where you like.
+    Raised in a call that runs, once, a second (`deadline_margin`) before its deadline; a coroutine is cancelled instead.
     Outside `Error` and `Exception`, as on App Engine, so that a broad `except Exception` doesn't swallow it.
     """
 
@@ -161,8 +165,12 @@ class DeadlineExceededError(BaseException):
 # --- payloads and tokens --------------------------------------------------------------------------------------------
 
 
-class PayloadError(Error):
-    """The payload can't be run."""
+class PayloadError(PermanentTaskFailure):
+    """The payload can't be run.
+
+    A `PermanentTaskFailure` for those who run payloads by themselves, as on App Engine; deferlib's own handler keeps such a
+    task and tries it again.
+    """
 
 
 class PayloadUnverifiedError(PayloadError):

@@ -9,15 +9,14 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from deferlib import token
+from deferlib import config, token
 from deferlib.config import Runtime
 from deferlib.context import ENVIRON_KEY, Dispatch
 from deferlib.errors import TokenError
-from deferlib.taskqueue.limits import MAX_DEFERRED_BYTES
 
 TASK_ADDRESS = "0.1.0.2"  # where App Engine's tasks come from
 NO_ADDRESS = "0.0.0.0"  # stands for a client that claims to be TASK_ADDRESS; nothing is bound to it
-MAX_BODY = MAX_DEFERRED_BYTES + 64 * 1024
+_ENVELOPE = 64 * 1024  # more than the envelope of any call takes
 BODY_KEY = "deferlib.body"
 _SIGNATURE_KEY = "HTTP_X_DEFERLIB_SIGNATURE"
 _FORGEABLE = ("x-appengine", "x-cloudtasks", "x-deferlib")
@@ -30,18 +29,24 @@ def is_engines(name: str) -> bool:
     return name.strip().lower().replace("_", "-").startswith(_FORGEABLE)
 
 
+def max_body() -> int:
+    """Return how many bytes the body of a task may have."""
+    limits = config.runtime().limits
+    return max(limits.call_bytes, limits.push_task_bytes) + _ENVELOPE
+
+
 def content_length(text: str) -> int | None:
     """Return the length that a request announces, None if it announces none; `TokenError` if it is beyond any task's."""
     if not (text.isascii() and text.isdigit()):
         return None
-    if len(text) > 18 or int(text) > MAX_BODY:  # int() refuses thousands of digits
+    if len(text) > 18 or int(text) > max_body():  # int() refuses thousands of digits
         raise too_long()
     return int(text)
 
 
 def too_long() -> TokenError:
     """Return the error of a body that is longer than any task's."""
-    return TokenError(f"the body has more than {MAX_BODY} bytes")
+    return TokenError(f"the body has more than {max_body()} bytes; see the setting 'limits'")
 
 
 # --- WSGI -----------------------------------------------------------------------------------------------------------
@@ -88,8 +93,8 @@ def read_body(environ: Environ) -> bytes:
         return known
     length = content_length(environ.get("CONTENT_LENGTH") or "")
     if length is None and environ.get("wsgi.input_terminated"):
-        body = _read(environ["wsgi.input"], MAX_BODY + 1)
-        if len(body) > MAX_BODY:
+        body = _read(environ["wsgi.input"], max_body() + 1)
+        if len(body) > max_body():
             raise too_long()
     else:
         body = _read(environ["wsgi.input"], length or 0)

@@ -36,7 +36,7 @@ class Limits(NamedTuple):
         """Return the shortest text of the setting that means these limits."""
         texts = []
         for name, profile in PROFILES.items():
-            other = [f"{key}={value:g}" for key, value in self._asdict().items() if value != getattr(profile, key)]
+            other = [f"{key}={value}" for key, value in self._asdict().items() if value != getattr(profile, key)]
             texts.append(",".join([name, *other]))
         return min(texts, key=len)
 
@@ -70,7 +70,7 @@ TABLE: Mapping[str, Limit] = {
     ),
     "tag_length": Limit("characters of a pull task's tag", 500, 500, 1, 10_000),
     "task_name_length": Limit("characters of a task's name", 500, 500, 1, 2_000),
-    "queue_name_length": Limit("characters of a queue's name", 100, 100, 1, 500),
+    "queue_name_length": Limit("characters of a queue's name", 100, 100, 100, 500),
 }  # fmt: skip
 
 PROFILES: Mapping[str, Limits] = {

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from deferlib.errors import Error
 
 _namespace: ContextVar[str] = ContextVar("deferlib_namespace", default="")
+default_namespace: ContextVar[str | None] = ContextVar("deferlib_default_namespace", default=None)
 _PATTERN = re.compile(r"[0-9A-Za-z._-]{0,100}\Z")
 
 
@@ -27,6 +28,11 @@ def set_namespace(namespace: str | None) -> None:
 def get_namespace() -> str:
     """Return the current namespace, '' if none was set."""
     return _namespace.get()
+
+
+def google_apps_namespace() -> str | None:
+    """Return the request's `X-AppEngine-Default-Namespace`, None if it has none: only a task's can have one."""
+    return default_namespace.get()
 
 
 @contextmanager

@@ -284,6 +284,11 @@ def arguments_of(envelope: Envelope) -> bytes:
     return envelope.body[4 + length :]
 
 
+def is_envelope(data: bytes) -> bool:
+    """Tell whether *data* looks like a call, genuine or not."""
+    return data.startswith(MAGIC)
+
+
 def describe(data: bytes) -> str:
     """Return what *data* calls, without running, unpickling or trusting any of it; '' if it isn't an envelope."""
     with contextlib.suppress(PayloadUnverifiedError, PayloadNewerError):

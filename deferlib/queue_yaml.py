@@ -10,10 +10,11 @@ from typing import Any
 from deferlib.core.backoff import repair
 from deferlib.core.model import DAY, HOUR, MINUTE, SECOND, Micros, Mode, QueueConfig, RetryPolicy
 from deferlib.errors import InvalidQueueError
+from deferlib.limits import Limits
 
 MAX_BYTES = 256 * 1024
 TARGET = re.compile(r"[a-z0-9][a-z0-9.-]*\Z")  # a target's name, here and in the setting `targets`
-_NAME = re.compile(r"[a-zA-Z0-9-]{1,100}\Z")
+_NAME = re.compile(r"[a-zA-Z0-9-]{1,500}\Z")  # as the limits allow them at most; `check` has those in force
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]*)?)/([smhd])\Z")
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?)([smhd])\Z")
 _UNITS: dict[str, Micros] = {"s": SECOND, "m": MINUTE, "h": HOUR, "d": DAY}
@@ -64,6 +65,22 @@ def refuse_twins(configs: Sequence[QueueConfig], where: str) -> None:
         if config.name in names:
             raise InvalidQueueError(f"{where}: queue {config.name!r} stands there twice")
         names.add(config.name)
+
+
+def check(configs: Sequence[QueueConfig], limits: Limits, where: str) -> None:
+    """Raise `InvalidQueueError` if one of *configs* is beyond the limits in force."""
+    least, most = limits.min_deadline_seconds, limits.max_deadline_seconds
+    for config in configs:
+        if len(config.name) > limits.queue_name_length:
+            raise InvalidQueueError(
+                f"{where}: queue {config.name!r}: its name has {len(config.name)} characters, at most "
+                f"{limits.queue_name_length} are allowed"
+            )
+        if not least * SECOND <= config.deadline <= most * SECOND:
+            raise InvalidQueueError(
+                f"{where}: queue {config.name!r}: deferlib: deadline: {config.deadline / SECOND:g} s: {least:g} s to "
+                f"{most:g} s are allowed; the setting `limits` can change that"
+            )
 
 
 def _load(text: bytes, where: str) -> object:
@@ -127,7 +144,7 @@ def from_mapping(raw: object, where: str) -> QueueConfig:
             jitter=_share(own.get("jitter", 0), f"{where}: deferlib: jitter")
         ),
         tombstone=_span(own.get("tombstone", "9d"), f"{where}: deferlib: tombstone"),
-        deadline=_span(own.get("deadline", "10m"), f"{where}: deferlib: deadline", most=DAY),
+        deadline=_span(own.get("deadline", "10m"), f"{where}: deferlib: deadline", most=30 * DAY),
         lost_limit=_count(own.get("lost_limit", 3), f"{where}: deferlib: lost_limit", least=1),
     )
 

@@ -162,7 +162,7 @@ def test_every_setting_has_a_section_with_its_facts_and_a_text(
     markup = page_of(build, "reference/settings.html")
     kind = SETTINGS[name]
 
-    _, _, section = markup.partition(f'<section id="{name}">')
+    _, _, section = markup.partition(f'<section id="{name.replace("_", "-")}">')
     section = section.partition("</section>")[0]
     table, _, prose = section.partition("</table>")
 

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 # From the bottom up; a package's modules are its layer unless they stand on their own.
 LAYERS = [
     {"core"},
-    {"clock"},
-    {"context", "keys", "namespaces", "ids", "queue_yaml", "limits"},
+    {"clock", "limits"},
+    {"context", "keys", "namespaces", "ids", "queue_yaml"},
     {"payload", "token", "store"},
     {"settings"},
     {"config", "call_text"},
     {"taskqueue"},
-    {"inbound", "checkup"},
+    {"inbound", "checkup", "deadline"},
     {"attempt"},
     {"deferred"},
     {"server"},

@@ -12,6 +12,8 @@ from deferlib.cli.show import safe
 def log_to_stderr(level: str, *, lines: bool = False) -> None:
     """Show our log, and the app's unless it has set up its own; with *lines*, a message's further lines below its first."""
     logging.getLogger("deferlib").setLevel(level.upper())
+    if level != "debug":  # a line for each call, which App Engine's programs expect in the log of their app
+        logging.getLogger("deferlib.handler.headers").setLevel(logging.WARNING)
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -22,9 +22,9 @@ from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from deferlib import attempt as attempts
-from deferlib import config, deferred, inbound, namespaces, payload, token
+from deferlib import config, deadline, deferred, inbound, namespaces, payload, token
 from deferlib.context import ENVIRON_KEY, Dispatch, running
-from deferlib.errors import AppError, TokenError
+from deferlib.errors import AppError, DeadlineExceededError, TokenError
 
 log = logging.getLogger("deferlib.handler")
 
@@ -46,7 +46,7 @@ class Middleware:
 
     Every request and websocket loses its `X-AppEngine-*`, `X-CloudTasks-*` and `X-Deferlib-*` headers, however they are
     spelled; requests that an engine made, as their token proves, get the true ones, come from 0.1.0.2, and run in their
-    task's namespace, with `current_task()`.
+    task's namespace, with `current_task()`, until shortly before their task's deadline, when they are cancelled.
     """
 
     def __init__(self, app: AsgiApp) -> None:
@@ -80,11 +80,47 @@ class Middleware:
         if dispatch is None:
             return await self.app(scope, receive, send)
         task = running.set(dispatch.context)
+        default = namespaces.default_namespace.set(dispatch.default_namespace)
         try:
             with namespaces.namespace(dispatch.context.namespace):
-                await self.app(scope, body.replay, send)
+                if deferred.is_at_queues_url(dispatch):
+                    await self._call_or_view(dispatch, scope, body, send)
+                else:
+                    await self._attempt(dispatch, scope, body.replay, send)
         finally:
+            namespaces.default_namespace.reset(default)
             running.reset(task)
+
+    async def _call_or_view(self, dispatch: Dispatch, scope: Scope, body: _Body, send: Send) -> None:
+        """Run a request to its queue's default URL: by the app's view, or if it has none, as the call that it may be."""
+        data = await body.read(scope["headers"])
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await self._attempt(dispatch, scope, body.replay, keep)
+        if messages and messages[0].get("status") == HTTPStatus.NOT_FOUND and payload.is_envelope(data):
+            return await _respond(send, await perform(dispatch, data))
+        for message in messages:
+            await send(message)
+
+    async def _attempt(self, dispatch: Dispatch, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run a task's request to its end or its deadline."""
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await deadline.limited(self.app(scope, receive, watched))
+        except DeadlineExceededError as error:
+            answer = attempts.stopped(dispatch.context, error)
+            if started:  # the server breaks the answer off; some of them let nothing but an Exception do that
+                raise TimeoutError(answer.body) from error
+            await _respond(send, answer)
 
 
 def wrap_asgi_app(app: AsgiApp) -> Middleware:
@@ -117,7 +153,7 @@ async def perform(dispatch: Dispatch, data: bytes) -> attempts.Answer:
         The error is returned: a StopIteration can't pass through a future, whoever waits would wait for ever.
         """
         try:
-            return attempt.load(data)(), None
+            return attempt.run(lambda: attempt.load(data)()), None
         except BaseException as error:
             return None, error
 
@@ -188,7 +224,7 @@ class _Body:
                 raise TokenError("the client left before the end of the body")
             part = message.get("body", b"")
             size += len(part)
-            if size > inbound.MAX_BODY:
+            if size > inbound.max_body():
                 raise inbound.too_long()
             parts.append(part)
             more = message.get("more_body", False)

@@ -78,6 +78,7 @@ class ClaimSpec(NamedTuple):
     until: Micros  # end of the lease
     interval: Micros = 0  # the rate limit's microseconds per task; 0 without a rate
     tag: str | None = None
+    fail_fast: bool = False  # only the tasks that ask to fail fast
 
 
 class Claim(NamedTuple):
@@ -285,7 +286,7 @@ class Page(NamedTuple):
 
 
 class QueueStats(NamedTuple):
-    """Counts of one queue, from counters that the verbs keep."""
+    """Counts of one queue, from counters that the verbs keep; only what is in flight is counted when asked."""
 
     queue: str
     tasks: int  # waiting and running
@@ -293,6 +294,7 @@ class QueueStats(NamedTuple):
     oldest_due: Micros | None
     executed_last_minute: int
     failed_last_minute: int
+    in_flight: int  # leased now, for at most a day: all that is pushed
 
 
 class Kind(StrEnum):

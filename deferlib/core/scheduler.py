@@ -19,19 +19,19 @@ from deferlib.core.model import (
     Action,
     Claim,
     ClaimSpec,
-    Decision,
     Delivery,
     Limiter,
     Micros,
-    Mode,
     Outcome,
     QueueConfig,
     QueueRow,
     Result,
 )
-from deferlib.core.verdict import given_up, release, verdict
+from deferlib.core.queue_state import QueueState
+from deferlib.core.verdict import failed_fast, given_up, release, verdict
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
+FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 ISOLATION_DELAY: Micros = SECOND // 50
 UNRESOLVED_DELAY: Micros = 30 * SECOND
 NEVER: Micros = 2**62
@@ -57,61 +57,13 @@ class _Flight:
         self.renew_at = renew_at
 
 
-class _Queue:
-    __slots__ = ("config", "in_flight", "interval", "look_at", "owned_by_other_until", "paused", "tat")
-
-    def __init__(self, name: str) -> None:
-        self.config = QueueConfig(name=name)
-        self.paused = False
-        self.in_flight = 0
-        self.interval: Micros = 0
-        self.tat: Micros = 0
-        self.look_at: Micros = 0  # when something may be due; 0: look now
-        self.owned_by_other_until: Micros = 0
-
-    def configure(self, row: QueueRow) -> None:
-        if row.config != self.config or row.paused != self.paused:
-            self.look_at = 0
-        self.config = row.config
-        self.paused = row.paused
-        self.interval = bucket.interval_of(row.config.rate) if row.config.rate else 0
-        self.tat = max(self.tat, row.tat)
-
-    def hold(self, now: Micros) -> Decision | None:
-        """Say why nothing of this queue may be dispatched at *now*, or None if something may."""
-        config = self.config
-        if config.mode is Mode.PULL:
-            return Decision(reason="workers lease from a pull queue")
-        if self.paused:
-            return Decision(reason="paused")
-        if config.rate == 0:
-            return Decision(reason="paused: its rate is 0")
-        if config.max_concurrent is not None and self.in_flight >= config.max_concurrent:
-            return Decision(reason=f"at {self.in_flight}/{config.max_concurrent} concurrent")
-        if config.limited and self.owned_by_other_until > now:
-            return Decision(reason="dispatched by another engine", until=self.owned_by_other_until)
-        if self.interval and not bucket.tokens(self.tat, self.interval, config.bucket_size, now):
-            until = bucket.next_token(self.tat, self.interval, config.bucket_size, now)
-            return Decision(reason="waiting for a token", until=until)
-        return None
-
-    def allowance(self, now: Micros) -> int:
-        """Return how many tasks the queue's own limits let through at *now*."""
-        allowed = 1 << 30
-        if self.config.max_concurrent is not None:
-            allowed = min(allowed, self.config.max_concurrent - self.in_flight)
-        if self.interval:
-            allowed = min(allowed, bucket.tokens(self.tat, self.interval, self.config.bucket_size, now))
-        return max(allowed, 0)
-
-
 class Scheduler:
     """One engine's decisions. Not thread-safe: the engine's thread owns it."""
 
     def __init__(self, rules: Rules, rng: Random) -> None:
         self._rules = rules
         self._rng = rng
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, QueueState] = {}
         self._flights: dict[int, _Flight] = {}  # in order of renewal: every lease is equally long
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
@@ -133,14 +85,14 @@ class Scheduler:
         for name, row in known.items():
             queue = self._queues.get(name)
             if queue is None:
-                queue = self._queues[name] = _Queue(name)
+                queue = self._queues[name] = QueueState(name)
                 queue.in_flight = sum(flight.claim.queue == name for flight in self._flights.values())
             queue.configure(row)
 
-    def woken(self) -> None:
+    def woken(self, now: Micros) -> None:
         """Take a hint: any queue may have something due."""
         for queue in self._queues.values():
-            queue.look_at = 0
+            queue.woken(now)
 
     def drain(self) -> None:
         """Claim nothing from now on."""
@@ -158,7 +110,7 @@ class Scheduler:
             return []
         start = self._turn % len(ready)
         ready = ready[start:] + ready[:start]
-        bases = [self._resolve(queue.config.target) or self._rules.base for queue in ready]
+        bases = [self._base(queue) for queue in ready]
         left = {base: room(base) for base in set(bases)}
         share = {base: -(-free // bases.count(base)) for base, free in left.items()}
         specs = []
@@ -168,6 +120,28 @@ class Scheduler:
                 left[base] -= count
                 specs.append(self._spec(queue, count, now))
         return specs
+
+    def full(self, now: Micros, room: Callable[[str], int]) -> list[str]:
+        """Return the queues without a free slot where a fail-fast task may be due: those tasks don't wait for one.
+
+        Changes no state. A queue that lacks more than slots (paused, another engine's, without a token) is left alone.
+        """
+        if self._draining:
+            return []
+        return [
+            name
+            for name, queue in self._queues.items()
+            if queue.fast_at <= now and queue.look_at <= now and not self._has_slot(queue, room) and not queue.closed(now)
+        ]
+
+    def fast_specs(self, now: Micros, full: Iterable[str]) -> list[ClaimSpec]:
+        """Return what to claim of the *full* queues only to fail it; spends no tokens. Changes no state."""
+        until = now + self._rules.lease
+        return [
+            ClaimSpec(name, FAST_CLAIM, CLAIM_BYTES, until, fail_fast=True)
+            for name in full
+            if self._queues[name].fast_at <= now
+        ]
 
     def peeks(self, specs: Iterable[ClaimSpec]) -> list[str]:
         """Return the limited queues of *specs*: they are owned only if something is due there.
@@ -191,29 +165,43 @@ class Scheduler:
                 limiter = owned.get(spec.queue)
                 if limiter is None:
                     continue
-                count = spec.limit
-                if spec.interval:
-                    count = min(count, bucket.tokens(limiter.tat, spec.interval, queue.config.bucket_size, now))
-                if count <= 0:
-                    continue
-                spec = spec._replace(limit=count)
+                if queue.interval:
+                    tokens = bucket.tokens(limiter.tat, queue.interval, queue.config.bucket_size, now)
+                    if not tokens:
+                        continue
+                    if not spec.fail_fast:
+                        spec = spec._replace(limit=min(spec.limit, tokens))
             admitted.append(spec)
         return admitted
 
     def drained(self, specs: Iterable[ClaimSpec], claims: Iterable[Claim]) -> list[str]:
         """Return the queues that gave less than asked: when something is due there next must be looked up."""
         got = _count(claims)
-        return [spec.queue for spec in specs if got.get(spec.queue, 0) < spec.limit]
+        return [spec.queue for spec in specs if not spec.fail_fast and got.get(spec.queue, 0) < spec.limit]
 
-    def refusals(self, now: Micros, claims: Iterable[Claim]) -> list[Outcome]:
-        """Return the outcomes of those *claims* that may not be sent: past their limits, without a target, to run alone.
+    def filled(self, now: Micros, specs: Iterable[ClaimSpec], claims: Iterable[Claim]) -> list[str]:
+        """Return the queues that may be full once *claims* are sent: when a fail-fast task is due there must be looked up.
 
-        Changes no state. Settled in the transaction that claimed them: an engine that is killed between two would leave
+        Looked up in the same transaction, because a turn of its own for it would settle few answers, and sync all the same.
+        """
+        got = _count(claims)
+        return [
+            spec.queue
+            for spec in specs
+            if self._queues[spec.queue].fast_at <= now and (spec.fail_fast or got.get(spec.queue, 0) >= spec.limit)
+        ]
+
+    def refusals(self, now: Micros, specs: Iterable[ClaimSpec], claims: Iterable[Claim]) -> list[Outcome]:
+        """Return the outcomes of those *claims* of *specs* that may not be sent.
+
+        They are past their limits, without a target, to run alone, or don't wait for a slot and found none. Changes no
+        state. Settled in the transaction that claimed them: an engine that is killed between two would leave
         them leased, and count each as an attempt that was lost with its process.
         """
+        full = {spec.queue for spec in specs if spec.fail_fast}
         refused, isolated = [], self._isolated
         for claim in claims:
-            outcome = self._unfit(now, claim, isolated)
+            outcome = self._unfit(now, claim, isolated, claim.queue in full)
             if outcome is not None:
                 refused.append(outcome)
             elif self._suspect(claim):
@@ -252,12 +240,15 @@ class Scheduler:
         if self._draining:
             return at
         for queue in self._queues.values():
-            held = queue.hold(now)
-            if held is not None:
-                if held.until is not None:
-                    at = min(at, max(held.until, queue.look_at))
-            elif queue.look_at < at and room(self._resolve(queue.config.target) or self._rules.base) > 0:
-                at = queue.look_at
+            look_at = queue.look_at
+            if look_at >= at:
+                continue
+            closed = queue.closed(now)
+            if closed is not None:
+                look_at = NEVER if closed.until is None else max(look_at, closed.until)
+            if look_at < at and not self._has_slot(queue, room):  # then only what doesn't wait for one counts
+                look_at = max(look_at, queue.fast_at)
+            at = min(at, look_at)
         return at
 
     # --- what the engine tells --------------------------------------------------------------------------------------
@@ -306,7 +297,7 @@ class Scheduler:
             self._owned(name, now, owned.get(name))
         for spec in specs:
             queue, count = self._queues[spec.queue], got.get(spec.queue, 0)
-            if count < spec.limit:
+            if count < spec.limit and not spec.fail_fast:
                 queue.look_at = due.get(spec.queue, NEVER)
             if count and spec.interval:
                 queue.tat = bucket.spent(queue.tat, spec.interval, count, now)
@@ -319,6 +310,12 @@ class Scheduler:
             at = due.get(name, NEVER)
             if at > now:
                 self._queues[name].look_at = at
+
+    def looked_fast(self, now: Micros, queues: Iterable[str], due: Mapping[str, Micros]) -> None:
+        """Take when a fail-fast task is due next in each of *queues*."""
+        for name in queues:
+            queue = self._queues[name]
+            queue.fast_at, queue.fast_looked = due.get(name, NEVER), now
 
     def lease_end(self, claim: Claim) -> Micros:
         """Return when the lease of *claim* ends as far as is committed; 0 once it is lost or over."""
@@ -342,7 +339,7 @@ class Scheduler:
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
-    def _spec(self, queue: _Queue, count: int, now: Micros) -> ClaimSpec:
+    def _spec(self, queue: QueueState, count: int, now: Micros) -> ClaimSpec:
         return ClaimSpec(queue.config.name, count, CLAIM_BYTES, now + self._rules.lease, queue.interval)
 
     def _owned(self, name: str, now: Micros, limiter: Limiter | None) -> None:
@@ -361,19 +358,22 @@ class Scheduler:
         queue = self._queues.get(name)
         if queue is not None:
             queue.look_at = min(queue.look_at, at)
+            queue.fast_at = min(queue.fast_at, at)
 
     def _suspect(self, claim: Claim) -> bool:
         """Tell whether this is the last chance of a task that may be killing its process."""
         return self._rules.in_process and claim.lost >= max(self._config(claim.queue).lost_limit - 1, 1)
 
-    def _unfit(self, now: Micros, claim: Claim, isolated: int | None) -> Outcome | None:
-        """Return the outcome of a claim that must not be sent, or None."""
+    def _unfit(self, now: Micros, claim: Claim, isolated: int | None, full: bool) -> Outcome | None:
+        """Return the outcome of a claim that must not be sent, or None; none of a *full* queue may be."""
         config = self._config(claim.queue)
         if self._rules.in_process and claim.lost >= config.lost_limit:
             return given_up(now, claim, config, f"lost: its process died {claim.lost} times while it ran")
         policy = policy_of(claim.retry, config.retry)
         if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
             return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
+        if full:
+            return failed_fast(now, claim, config, self._rng)
         if self._rules.in_process:
             # Suspects run one at a time, so that one of them takes no other with it.
             if self._suspect(claim) and isolated not in (None, claim.id):
@@ -407,6 +407,12 @@ class Scheduler:
         if not target:
             return self._rules.base
         return self._rules.targets.get(target)
+
+    def _base(self, queue: QueueState) -> str:
+        return self._resolve(queue.config.target) or self._rules.base
+
+    def _has_slot(self, queue: QueueState, room: Callable[[str], int]) -> bool:
+        return not queue.crowded and room(self._base(queue)) > 0
 
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)

@@ -11,6 +11,7 @@ from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, Qu
 
 HISTORY = 3  # attempts kept with a task
 INTERRUPTED_DELAY: Micros = SECOND // 100
+NO_SLOT = "no free slot, and the task asks to fail fast (X-AppEngine-FailFast)"
 _REASON_LENGTH = 500
 _DEFERRED_URL = "/_ah/queue/deferred"
 
@@ -49,6 +50,12 @@ def release(claim: Claim, at: Micros, reason: str) -> Outcome:
 def given_up(now: Micros, claim: Claim, config: QueueConfig, reason: str) -> Outcome:
     """Return the outcome of a claim that is past its limits before it is delivered."""
     return Outcome(*_end(now, claim, config, Action.DEAD), 0, 0, claim.status, reason[:_REASON_LENGTH], claim.history)
+
+
+def failed_fast(now: Micros, claim: Claim, config: QueueConfig, rng: Random) -> Outcome:
+    """Return the outcome of a claim that doesn't wait for a slot and found none: as if its target were unreachable."""
+    result = Result(claim.id, claim.claims, Kind.UNREACHABLE, now, now, error=NO_SLOT)
+    return _again(now, claim, result, config, rng)
 
 
 def _answered(

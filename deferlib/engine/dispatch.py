@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -21,6 +22,10 @@ _HOP_HEADERS = frozenset(
         "transfer-encoding", "trailer", "expect", "upgrade", "te",
     }
 )  # fmt: skip
+_DEFAULT_NAMESPACE = "X-AppEngine-Default-Namespace"
+_NOT_THE_USERS = _HOP_HEADERS | {_DEFAULT_NAMESPACE.lower()}
+_REASON_LENGTH = 200
+_UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 def vouch(delivery: Delivery, now: Micros, clock: Clock) -> Dispatch:
@@ -49,20 +54,54 @@ def _headers(claim: Claim) -> dict[str, str]:
         "X-AppEngine-TaskName": claim.name or str(claim.id),
         "X-AppEngine-TaskRetryCount": str(claim.attempts - 1),
         "X-AppEngine-TaskExecutionCount": str(claim.executions),
-        "X-AppEngine-TaskETA": f"{claim.eta / SECOND:.6f}",
+        "X-AppEngine-TaskETA": str(claim.eta / SECOND),
         "X-AppEngine-Current-Namespace": claim.namespace,
     }
     if claim.status:
         headers["X-AppEngine-TaskPreviousResponse"] = str(claim.status)
+    if claim.reason and claim.attempts > 1:
+        headers["X-AppEngine-TaskRetryReason"] = _UNPRINTABLE.sub("?", claim.reason[:_REASON_LENGTH])
+    if claim.fail_fast:
+        headers["X-AppEngine-FailFast"] = "true"
+    namespace = _default_namespace(claim.headers)
+    if namespace is not None:
+        headers[_DEFAULT_NAMESPACE] = namespace
     return headers
 
 
 @lru_cache(256)  # most tasks have the same: 0.1 µs instead of 2
 def user_headers(text: str) -> tuple[tuple[str, str], ...]:
-    """Return the headers that a task's adder set, kept as *text*, without those that belong to the connection."""
-    given = json.loads(text) if text else []
-    # Servers fold '_' into '-', so both spellings are the same header.
-    return tuple((name, value) for name, value in given if name.lower().replace("_", "-") not in _HOP_HEADERS)
+    """Return the headers that a task's adder set, kept as *text*, in their order; a name may come several times.
+
+    Without those that belong to the connection, and the one that the engine vouches for.
+    """
+    return tuple((name, value) for name, value in _given(text) if _folded(name) not in _NOT_THE_USERS)
+
+
+@lru_cache(256)
+def joined_headers(text: str) -> tuple[tuple[str, str], ...]:
+    """Return `user_headers` with each name once, its values joined with ", ": what a server makes of repeated lines."""
+    joined: dict[str, tuple[str, str]] = {}
+    for name, value in user_headers(text):
+        first, values = joined.get(_folded(name), (name, None))
+        joined[_folded(name)] = first, value if values is None else f"{values}, {value}"
+    return tuple(joined.values())
+
+
+@lru_cache(256)
+def _default_namespace(text: str) -> str | None:
+    """Return the default namespace of the request that added the task, kept among the headers in *text*."""
+    found = [value for name, value in _given(text) if _folded(name) == _DEFAULT_NAMESPACE.lower()]
+    return found[-1] if found else None
+
+
+def _given(text: str) -> list[tuple[str, str]]:
+    return json.loads(text) if text else []
+
+
+def _folded(name: str) -> str:
+    """Return *name* as servers compare it: they fold '_' into '-', so both spellings are the same header."""
+    return name.lower().replace("_", "-")
 
 
 @lru_cache(256)

@@ -173,7 +173,7 @@ class Engine:
         self._look(now)
         self._judge(now)
         outcomes = self._unsettled + self._scheduler.renewals(now)
-        specs = self._scheduler.plan(now, self._transport.room)
+        specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
         if outcomes or specs:  # an idle turn opens no transaction
             self._transacting = True
             try:
@@ -185,6 +185,16 @@ class Engine:
             self._send()
             now = self._clock.now()
         return self._wake_at(now)
+
+    def _plan_fast(self, now: Micros) -> list[ClaimSpec]:
+        """Return what to claim only to fail it, because no slot is free and it doesn't wait for one."""
+        full = self._scheduler.full(now, self._transport.room)
+        if not full:
+            return []
+        with self._store.read() as tx:  # mostly in vain, so without the write lock: it keeps nobody waiting
+            due = tx.next_due(full, fail_fast=True)
+        self._scheduler.looked_fast(now, full, due)
+        return self._scheduler.fast_specs(now, full)
 
     def _judge(self, now: Micros) -> None:
         """Turn the answers that came into outcomes."""
@@ -212,16 +222,19 @@ class Engine:
             self._step("settle")
             specs = self._scheduler.admit(now, specs, owned)
             claims = tx.claim(now, specs)
-            refused = self._scheduler.refusals(now, claims)
+            refused = self._scheduler.refusals(now, specs, claims)
             tx.settle(now, refused)
             self._step("claim")
             due = tx.next_due(self._scheduler.drained(specs, claims))
+            filled = self._scheduler.filled(now, specs, claims)
+            fast_due = tx.next_due(filled, fail_fast=True)
             self._step("commit")
         self._step("committed")
         self._unsettled.clear()  # only now: a failed begin or commit loses no outcome
         for claim in self._scheduler.settled(now, outcomes, settled):
             self._give_up(claim)
         self._scheduler.looked(now, peeked, next_due)
+        self._scheduler.looked_fast(now, filled, fast_due)
         if self._observer is not None and refused:
             taken = {claim.id: claim for claim in claims}
             for outcome in refused:
@@ -275,7 +288,7 @@ class Engine:
         """Do what is due now and then: take hints, reread the queues, sweep."""
         if self._hinted:
             self._hinted = False
-            self._scheduler.woken()
+            self._scheduler.woken(now)
         if now >= self._reread_at:
             with self._store.read() as tx:
                 rows = tx.queues()

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -22,7 +23,7 @@ from urllib.parse import unquote_to_bytes
 from deferlib.clock import Clock
 from deferlib.context import ENVIRON_KEY
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
-from deferlib.engine.dispatch import user_headers, vouch
+from deferlib.engine.dispatch import joined_headers, vouch
 from deferlib.engine.transport import ERROR_LENGTH
 from deferlib.engine.wake import Waker
 from deferlib.payload import describe_error
@@ -39,19 +40,26 @@ WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class LocalTransport:
-    """Runs deliveries in *threads* threads of this process, by calling *app*."""
+    """Runs deliveries in *threads* threads of this process, by calling *app*.
+
+    A thread can't be stopped: at its deadline a delivery is reported as failed, its thread goes on and stays taken until
+    the call returns, and what it returns then is dropped.
+    """
 
     def __init__(self, app: WsgiApp, clock: Clock, *, threads: int | None = None) -> None:
         self._app = app
         self._clock = clock
         self._threads = threads or min(32, (os.cpu_count() or 1) + 4)
         self._inbox: SimpleQueue[Delivery | None] = SimpleQueue()
-        self._done: deque[Result] = deque()
-        self._taken = 0  # deliveries sent and not yet reported
+        self._done: deque[Result | None] = deque()  # None: of a call that was reported at its deadline
+        # By id(delivery). Whoever takes a run out reports it: its thread at its end, or the engine's at its deadline.
+        self._running: dict[int, tuple[Micros, Micros, Delivery]] = {}  # deadline, start
+        self._taken = 0  # deliveries sent whose threads, or places in the line for one, aren't free again
+        self._stuck = 0  # of these, reported at their deadline
         self._cancelled: set[tuple[int, int]] = set()
         self._mean: float = SECOND  # of an answer, in microseconds: slow until the pool has shown otherwise
         self._waker = Waker()
-        self._waiting = False
+        self._wakes: float = 0  # when `wait` wakes by itself; infinite while it finds that out, 0 outside it
         self._poll = select.poll()
         self._poll.register(self._waker.fileno(), select.POLLIN)
         self._closed = False
@@ -60,7 +68,8 @@ class LocalTransport:
 
     def room(self, base: str) -> int:
         """Free threads, and as many more as quick calls will have worked off while the engine commits."""
-        ahead = min(_MAX_LOOKAHEAD, int(self._threads * _LOOKAHEAD / max(self._mean, 1.0)))
+        usable = self._threads - self._stuck
+        ahead = min(_MAX_LOOKAHEAD, int(usable * _LOOKAHEAD / max(self._mean, 1.0)))
         return max(0, self._threads + ahead - self._taken)
 
     def send(self, delivery: Delivery) -> None:
@@ -69,25 +78,46 @@ class LocalTransport:
 
     def results(self) -> Sequence[Result]:
         done = self._done
-        found = []
-        spent = 0
+        found = self._expired() if self._running else []
         for _ in range(len(done)):
             result = done.popleft()
             self._taken -= 1
-            key = (result.id, result.claims)
-            if key in self._cancelled:
+            if result is None:
+                self._stuck -= 1
+            elif self._cancelled and (key := (result.id, result.claims)) in self._cancelled:
                 self._cancelled.discard(key)
-                continue
-            found.append(result)
-            spent += result.ended - result.started
+            else:
+                found.append(result)
         if found:
+            spent = sum([result.ended - result.started for result in found])
             self._mean += (spent / len(found) - self._mean) * 0.2
+        if self._stuck == self._threads:  # nobody is left to call what waits in line
+            found += self._take_back("every thread is held by a call that is past its deadline")
         return found
+
+    def _expired(self) -> list[Result]:
+        """Report the calls that are past their deadline. Looking at 32 threads costs 3 µs, once a turn."""
+        now = self._clock.now()
+        expired = []
+        for until, started, delivery in list(self._running.values()):
+            if until > now or self._running.pop(id(delivery), None) is None:
+                continue
+            self._stuck += 1
+            claim = delivery.claim
+            if claim[:2] in self._cancelled:
+                self._cancelled.discard(claim[:2])
+                continue
+            text = f"no answer within {delivery.deadline / SECOND:g} s; the call still runs in its thread"
+            expired.append(Result(claim.id, claim.claims, Kind.TIMEOUT, started, now, error=text))
+        return expired
 
     def cancel(self, id: int, claims: int) -> None:
         self._cancelled.add((id, claims))  # a thread can't be stopped: its result is dropped
 
     def withdraw(self) -> Sequence[Result]:
+        return self._take_back("the engine is stopping")
+
+    def _take_back(self, reason: str) -> list[Result]:
         withdrawn = []
         while not self._inbox.empty():
             try:
@@ -96,19 +126,21 @@ class LocalTransport:
                 break
             if delivery is not None:
                 self._taken -= 1
-                withdrawn.append(self._unsent(delivery, "the engine is stopping"))
+                withdrawn.append(self._unsent(delivery, reason))
         return withdrawn
 
     def wait(self, until: Micros) -> None:
-        # _waiting is set before _done is looked at, and a worker appends before it looks at _waiting: none is missed.
-        self._waiting = True
+        # _wakes is set before _done and _running are looked at, and a worker changes them before it looks at _wakes: no end
+        # of a call is missed, and no deadline.
+        self._wakes = inf
         try:
             if not self._done:
+                self._wakes = until = min([until, *[run[0] for run in list(self._running.values())]])
                 seconds = (until - self._clock.now()) / SECOND
                 if seconds > 0:
                     self._poll.poll(min(seconds, _MAX_WAIT_SECONDS) * 1000)
         finally:
-            self._waiting = False
+            self._wakes = 0
             self._waker.clear()
         # While the threads have work, a turn can wait for more results: fewer transactions, and fewer fights for the GIL.
         if 0 < len(self._done) < _BATCH and self._inbox.qsize() > self._threads:
@@ -133,22 +165,28 @@ class LocalTransport:
                 done.append(self._unsent(delivery, "its lease is lost"))
             else:
                 done.append(Context().run(self._call, delivery))
-            if self._waiting and not self._closed:
+            if self._wakes and not self._closed:
                 self._waker.wake()
 
     def _unsent(self, delivery: Delivery, reason: str) -> Result:
         now = self._clock.now()
         return Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error=reason)
 
-    def _call(self, delivery: Delivery) -> Result:
-        claim = delivery.claim
+    def _call(self, delivery: Delivery) -> Result | None:
+        claim, key = delivery.claim, id(delivery)
         started = self._clock.now()
+        until = started + delivery.deadline
+        self._running[key] = until, started, delivery
+        if until < self._wakes:
+            self._waker.wake()
         try:
             answer = call(self._app, delivery, started, self._clock)
         except BaseException as error:  # the app is the user's: even sys.exit() in it is one failed attempt
             log.error("the app failed on task %s of queue %s", claim.public_name, claim.queue, exc_info=error)
             answer = Answer.of_error(error)
         ended = self._clock.now()
+        if self._running.pop(key, None) is None:  # reported at its deadline
+            return None
         return Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, answer.outcome, answer.error)
 
 
@@ -220,7 +258,7 @@ def _environ(delivery: Delivery, now: Micros, clock: Clock) -> dict[str, Any]:
         "wsgi.run_once": False,
         ENVIRON_KEY: vouch(delivery, now, clock),
     }
-    for name, value in user_headers(claim.headers):
+    for name, value in joined_headers(claim.headers):
         key = name.upper().replace("-", "_")
         environ[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
     if claim.body:

@@ -35,13 +35,15 @@ def describe(now: Micros, claim: Claim, result: Result | None, outcome: Outcome)
             return Ending(logging.ERROR, f"is a dead letter now: {outcome.reason}")
         case Action.RELEASE:
             return Ending(logging.INFO, f"is given back: {outcome.reason}")
-        case Action.RETRY if result is not None:
+        case Action.RETRY:
             return _again(now, result, outcome)
     return Ending(logging.INFO, f"{outcome.action} at {outcome.at}")
 
 
-def _again(now: Micros, result: Result, outcome: Outcome) -> Ending:
+def _again(now: Micros, result: Result | None, outcome: Outcome) -> Ending:
     wait = f"retry in {length(max(outcome.at - now, 0))}"
+    if result is None:
+        return Ending(logging.WARNING, f"was not started: {outcome.reason}; {wait}")
     match result.kind:
         case Kind.INTERRUPTED:
             return Ending(logging.INFO, "was cut off by the reload: runs again at once")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context, copy_context
 from typing import Any
 
-from deferlib import attempt, config, deferred, inbound, namespaces
+from deferlib import attempt, config, deadline, deferred, inbound, namespaces, payload
 from deferlib.context import Dispatch, running
-from deferlib.errors import NotAvailableError, TokenError
+from deferlib.errors import DeadlineExceededError, NotAvailableError, TokenError
 
 StartResponse = Callable[..., Any]
 WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
@@ -31,16 +31,59 @@ class Middleware:
         # A context of its own for each request (0.4 µs of the middleware's 2.4): servers use a thread again, and the next
         # tenant's request must not start in the namespace that a view of the last one's has set.
         context = copy_context()
-        body = context.run(self._enter, dispatch, environ, start_response)
+        if dispatch is not None:
+            return context.run(self._attempt, dispatch, environ, start_response)
+        body = context.run(self.app, environ, start_response)
         if isinstance(body, list | tuple) or _is_file(body, environ):
             return body
         return _Body(body, context)
 
-    def _enter(self, dispatch: Dispatch | None, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        if dispatch is not None:
-            running.set(dispatch.context)
-            namespaces.set_namespace(dispatch.context.namespace)
-        return self.app(environ, start_response)
+    def _attempt(self, dispatch: Dispatch, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        """Run a task's request to its end or its deadline; the server gets nothing of the answer before."""
+        task = dispatch.context
+        running.set(task)
+        namespaces.set_namespace(task.namespace)
+        namespaces.default_namespace.set(dispatch.default_namespace)
+        may_be_call = self.use_deferred and deferred.is_at_queues_url(dispatch)
+        if may_be_call:
+            inbound.read_body(environ)  # the app may read it, too
+        answer = _Answer()
+        try:
+            body = deadline.call(task, answer.collect, self.app, environ)
+        except DeadlineExceededError as error:
+            return attempt.stopped(task, error).respond(start_response)
+        if answer.started is not None:
+            if may_be_call and answer.started[0].startswith("404") and payload.is_envelope(inbound.read_body(environ)):
+                return deferred.application(environ, start_response)
+            start_response(*answer.started)
+        return body
+
+
+class _Answer:
+    """An app's answer to a task, whole: an app that is a generator does its work while it is read."""
+
+    def __init__(self) -> None:
+        self.started: tuple[str, list[tuple[str, str]]] | None = None
+        self._parts: list[bytes] = []
+
+    def collect(self, app: WsgiApp, environ: dict[str, Any]) -> Iterable[bytes]:
+        """Call *app*; return the body of its answer."""
+        body = app(environ, self._start)
+        if _is_file(body, environ):  # what is left to do is the server's
+            return body
+        try:
+            self._parts.extend(body)
+        finally:
+            close = getattr(body, "close", None)
+            if close is not None:
+                close()
+        return self._parts
+
+    def _start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: object = None
+    ) -> Callable[[bytes], None]:  # fmt: skip
+        self.started = status, headers
+        return self._parts.append
 
 
 class _Body:

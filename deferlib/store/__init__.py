@@ -46,7 +46,10 @@ class Tx(Protocol):
         """Delete up to *limit* live tasks; return how many. Repeat until 0."""
 
     def claim(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[Claim]:
-        """Lease due tasks, the longest due first, and raise their fence; spends the tokens of a limited queue."""
+        """Lease due tasks, the longest due first, and raise their fence; spends the tokens of a limited queue.
+
+        A spec with *fail_fast* takes only tasks that ask for it; it has no tag.
+        """
 
     def settle(self, now: Micros, outcomes: Sequence[Outcome]) -> list[bool]:
         """Apply *outcomes* one after another, each where its fence still holds; False where it is lost.
@@ -57,8 +60,11 @@ class Tx(Protocol):
     def reschedule(self, now: Micros, queue: str, names: Sequence[str], eta: Micros) -> int:
         """Move waiting tasks to *eta*, and bring dead letters back with their attempts at 0; return how many."""
 
-    def next_due(self, queues: Sequence[str]) -> dict[str, Micros]:
-        """Return when something is due next; a queue with nothing live is left out."""
+    def next_due(self, queues: Sequence[str], *, fail_fast: bool = False) -> dict[str, Micros]:
+        """Return when something is due next; a queue with nothing live is left out.
+
+        With *fail_fast*, only tasks that ask to fail fast are looked at.
+        """
 
     def queues(self) -> list[QueueRow]:
         """Return every queue."""

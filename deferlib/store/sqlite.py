@@ -21,11 +21,10 @@ from typing import TypeVar
 import apsw
 
 from deferlib import errors
-from deferlib.store import queries
 from deferlib.store.datagram import Hints
 from deferlib.store.fairlock import FairLock
 from deferlib.store.presence import Presence
-from deferlib.store.sqlite_file import SCHEMA, check_file, create, translated, translation
+from deferlib.store.sqlite_file import check_file, create, migrate, translated, translation, upgrade
 from deferlib.store.sqlite_tx import SqliteTx
 from deferlib.store.watch import Watch
 
@@ -260,7 +259,7 @@ class SqliteStore:
         try:
             connection.set_busy_handler(seat.wait)
             if self._memory:
-                connection.execute(queries.migrations("sqlite")[SCHEMA])
+                upgrade(connection, 0)
             else:
                 self._set_up(connection)
             if seat is self._writer:
@@ -294,6 +293,7 @@ class SqliteStore:
         connection.pragma("journal_size_limit", 64 * 1024 * 1024)
         connection.pragma("synchronous", 2)
         connection.pragma("mmap_size", 0)
+        migrate(connection)
 
     @contextlib.contextmanager
     def _all_turns(self) -> Iterator[None]:

@@ -60,13 +60,34 @@ def _fill(path: str) -> None:
     try:
         connection.pragma("page_size", 4096)
         connection.pragma("application_id", APPLICATION_ID)
-        connection.pragma("user_version", SCHEMA)
         with connection:
-            for version in sorted(queries.migrations("sqlite")):
-                connection.execute(queries.migrations("sqlite")[version])
+            upgrade(connection, 0)
         connection.pragma("journal_mode", "wal")
     finally:
         connection.close()
+
+
+def upgrade(connection: apsw.Connection, version: int) -> None:
+    """Bring the schema from *version* (0: nothing there) to ours."""
+    for later, sql in sorted(queries.migrations("sqlite").items()):
+        if later > version:
+            connection.execute(sql)
+    connection.pragma("user_version", SCHEMA)
+
+
+def migrate(connection: apsw.Connection) -> None:
+    """Bring an older file's schema to this version, whole or not at all; a newer one is left as it is."""
+    if connection.pragma("user_version") >= SCHEMA:
+        return
+    connection.execute("begin immediate")
+    try:
+        version = connection.pragma("user_version")  # again: another process, perhaps a newer one, may have been quicker
+        if version < SCHEMA:
+            upgrade(connection, version)
+        connection.execute("commit")
+    finally:
+        if connection.in_transaction:
+            connection.execute("rollback")
 
 
 def _sync_folder(folder: str) -> None:

@@ -139,7 +139,8 @@ class SqliteTx:
         for spec in specs:
             values = spec._asdict()
             values["now"] = now
-            rows = self._rows("claim" if spec.tag is None else "claim_tag", values)
+            query = "claim_fast" if spec.fail_fast else "claim" if spec.tag is None else "claim_tag"
+            rows = self._rows(query, values)
             if rows and spec.interval:
                 self._run("spend", {"queue": spec.queue, "now": now, "spent": len(rows) * spec.interval})
             claimed = [Claim._make(row) for row in rows]
@@ -211,8 +212,9 @@ class SqliteTx:
         self._count_one(queue, tasks=1, dead=-1)
         return True
 
-    def next_due(self, queues: Sequence[str]) -> dict[str, Micros]:
-        found = {queue: self._value("next_due", {"queue": queue}) for queue in queues}
+    def next_due(self, queues: Sequence[str], *, fail_fast: bool = False) -> dict[str, Micros]:
+        query = "next_due_fast" if fail_fast else "next_due"
+        found = {queue: self._value(query, {"queue": queue}) for queue in queues}
         return {queue: due for queue, due in found.items() if due is not None}
 
     def sweep(self, now: Micros, limit: int) -> int:
@@ -271,6 +273,7 @@ class SqliteTx:
             oldest_due=self._value("next_due", {"queue": queue}),
             executed_last_minute=round(executed),
             failed_last_minute=round(failed),
+            in_flight=self._value("in_flight", {"queue": queue, "now": now}),
         )
 
     # --- queues -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from deferlib.errors import (
     InvalidUrlError,
     PermissionDeniedError,
     QueuePausedError,
+    RPCDeadlineExceededError,
     TaskAlreadyExistsError,
     TaskLeaseExpiredError,
     TaskTooLargeError,
@@ -33,6 +34,7 @@ from deferlib.errors import (
 )
 from deferlib.taskqueue.limits import (
     MAX_DISPATCH_DEADLINE,
+    MAX_LEASE_SECONDS,
     MAX_PULL_TASK_SIZE_BYTES,
     MAX_PUSH_TASK_SIZE_BYTES,
     MAX_QUEUE_NAME_LENGTH,
@@ -40,24 +42,37 @@ from deferlib.taskqueue.limits import (
     MAX_TASK_NAME_LENGTH,
     MAX_TASK_SIZE_BYTES,
     MAX_TASKS_PER_ADD,
+    MAX_TASKS_PER_LEASE,
+    MAX_TRANSACTIONAL_REQUEST_SIZE_BYTES,
     MAX_URL_LENGTH,
     MIN_DISPATCH_DEADLINE,
 )
+from deferlib.taskqueue.options import TaskRetryOptions
 from deferlib.taskqueue.queue import Queue, add
-from deferlib.taskqueue.task import Task, TaskRetryOptions
+from deferlib.taskqueue.rpc import UserRPC, create_rpc
+from deferlib.taskqueue.rules import DEFAULT_APP_VERSION
+from deferlib.taskqueue.statistics import QueueStatistics
+from deferlib.taskqueue.task import Task
+
+BadTransactionState = BadTransactionStateError
 
 __all__ = [
+    "DEFAULT_APP_VERSION",
     "MAX_DISPATCH_DEADLINE",
+    "MAX_LEASE_SECONDS",
     "MAX_PULL_TASK_SIZE_BYTES",
     "MAX_PUSH_TASK_SIZE_BYTES",
     "MAX_QUEUE_NAME_LENGTH",
     "MAX_TAG_LENGTH",
     "MAX_TASKS_PER_ADD",
+    "MAX_TASKS_PER_LEASE",
     "MAX_TASK_NAME_LENGTH",
     "MAX_TASK_SIZE_BYTES",
+    "MAX_TRANSACTIONAL_REQUEST_SIZE_BYTES",
     "MAX_URL_LENGTH",
     "MIN_DISPATCH_DEADLINE",
     "BadTaskStateError",
+    "BadTransactionState",
     "BadTransactionStateError",
     "DatastoreError",
     "DuplicateTaskNameError",
@@ -79,6 +94,8 @@ __all__ = [
     "PermissionDeniedError",
     "Queue",
     "QueuePausedError",
+    "QueueStatistics",
+    "RPCDeadlineExceededError",
     "Task",
     "TaskAlreadyExistsError",
     "TaskLeaseExpiredError",
@@ -89,5 +106,7 @@ __all__ = [
     "TransactionalRequestTooLargeError",
     "TransientError",
     "UnknownQueueError",
+    "UserRPC",
     "add",
+    "create_rpc",
 ]

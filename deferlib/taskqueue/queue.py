@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from deferlib import config
-from deferlib.core.model import AddResult
+from deferlib.core.model import AddResult, DeleteResult
 from deferlib.errors import (
     BadTaskStateError,
     DuplicateTaskNameError,
     EnqueueUnknownError,
     Error,
+    InvalidLeaseTimeError,
+    InvalidMaxTasksError,
     InvalidQueueModeError,
     InvalidQueueNameError,
     InvalidTaskError,
@@ -23,80 +27,93 @@ from deferlib.errors import (
     UnknownQueueError,
 )
 from deferlib.store import Tx
-from deferlib.taskqueue import limits, unserved
+from deferlib.taskqueue import limits, rules, unserved
+from deferlib.taskqueue.options import shown
+from deferlib.taskqueue.rpc import UserRPC, check_deadline, check_rpc, create_rpc
+from deferlib.taskqueue.statistics import QueueStatistics
 from deferlib.taskqueue.task import Task
 
 log = logging.getLogger("deferlib.client")
 
-_PURGE_SLICE = 500
+_SLICE = 500  # tasks deleted in one transaction
 _ADD_TRIES = 16  # ids collide once in millions of pairs; sixteen in a row is a broken random source
+_NOT_LEASED = "leasing from pull queues isn't available in this version; use a push queue and a handler"
 
 
 class Queue:
-    """A queue of the configured store. Making one touches nothing."""
+    """A queue of the configured store. Making one touches nothing.
+
+    `InvalidQueueNameError` unless *name* is 1 to 100 letters, digits and hyphens; TypeError if it is no string.
+    """
 
     def __init__(self, name: str = "default") -> None:
-        if not isinstance(name, str) or not limits.QUEUE_NAME.match(name):
-            raise InvalidQueueNameError(f"queue name {name!r}: 1 to 100 letters, digits and hyphens are allowed")
+        if not isinstance(name, str):
+            raise TypeError(f"a queue's name is a string, not {type(name).__name__}")
+        longest = limits.MAX_QUEUE_NAME_LENGTH
+        if len(name) > longest:  # only then: making a queue touches nothing
+            longest = config.runtime().limits.queue_name_length
+        if not limits.QUEUE_NAME.match(name) or len(name) > longest:
+            raise InvalidQueueNameError(f"queue name {shown(name)}: 1 to {longest} letters, digits and hyphens are allowed")
         self._name = name
+        self._app: str | None = None  # App Engine's queues may be another app's
 
     @property
     def name(self) -> str:
         """The queue's name."""
         return self._name
 
+    # --- adding -----------------------------------------------------------------------------------------------------
+
     def add(self, task: Task | Iterable[Task], transactional: bool = False) -> Task | list[Task]:
         """Add one task or up to 100, in one transaction; return what was given, with `was_enqueued` set.
 
         Durable when it returns. A name in use raises `TaskAlreadyExistsError`, a used one `TombstonedTaskError`; the
         other tasks of the call are added all the same. Adding the same object again after `EnqueueUnknownError` adds it
-        once.
+        once. Raises `InvalidTaskError` for push and pull tasks in one call, `InvalidQueueModeError` for tasks of the
+        other kind than the queue's, `TooManyTasksError`, `DuplicateTaskNameError`, `BadTaskStateError` for a task that
+        was added before, `UnknownQueueError`, and a `StoreError` if the store can't take them.
         """
+        operation = self._adding(task, transactional)
+        return operation.run() if operation else []
+
+    def add_async(self, task: Task | Iterable[Task], transactional: bool = False, rpc: UserRPC | None = None) -> UserRPC:
+        """Do what `add` does in the background: `get_result()` returns the tasks, or raises what the store says."""
+        check_rpc(rpc)
+        return (self._adding(task, transactional) or _NOTHING).start("BulkAdd", rpc)
+
+    def _adding(self, task: Task | Iterable[Task], transactional: bool) -> _Operation | None:
+        tasks, alone = _tasks(task)
+        self._check(tasks)
+        if not tasks:
+            return None
         if transactional:
             raise NotAvailableError("transactional=True isn't available in this version; add the task after the commit")
-        tasks = [task] if isinstance(task, Task) else list(task or ())
-        if not tasks:
-            return []
-        self._check(tasks)
-        self._report(tasks, self._store(tasks))
-        if log.isEnabledFor(logging.DEBUG):
-            for each in tasks:
-                log.debug("task %s added to queue %s", each.name or each._id, self._name, extra={"task_id": each._id})
-        return task if isinstance(task, Task) else tasks
-
-    def purge(self) -> None:
-        """Delete every task that waits in the queue.
-
-        Dead letters stay, and names stay taken until their tombstones expire. Tasks that run finish, and change nothing
-        any more.
-        """
         runtime = config.runtime()
-        while runtime.store.run(lambda tx: tx.purge(runtime.clock.now(), self._name, _PURGE_SLICE)):
-            pass
+        rows = [task._row(self._name, runtime.ring) for task in tasks]
+
+        def work() -> list[AddResult]:
+            return self._store(runtime, tasks, rows)
+
+        def finish(results: list[AddResult]) -> Task | list[Task]:
+            self._report(runtime, tasks, results)
+            return tasks[0] if alone else tasks
+
+        return _Operation(tasks, work, finish)
 
     def _check(self, tasks: Sequence[Task]) -> None:
-        if len(tasks) > limits.MAX_TASKS_PER_ADD:
-            raise TooManyTasksError(f"{len(tasks)} tasks in one call, at most {limits.MAX_TASKS_PER_ADD} are allowed")
-        names = set()
+        most = config.runtime().limits.tasks_per_add
+        if len(tasks) > most:
+            raise TooManyTasksError(f"{len(tasks)} tasks in one call, at most {most} are allowed")
         objects = set()
         for task in tasks:
-            if not isinstance(task, Task):
-                raise InvalidTaskError(f"a queue takes Task objects, not {type(task).__name__}")
             if task.was_enqueued or id(task) in objects:
                 raise BadTaskStateError(f"{task!r} was added before; build a new Task to add it again")
             objects.add(id(task))
-            if task.name is not None:
-                if task.name in names:
-                    raise DuplicateTaskNameError(f"two tasks of this call are named {task.name!r}")
-                names.add(task.name)
+        _check_names([task.name for task in tasks if task.name is not None])
         if len({task.method == "PULL" for task in tasks}) > 1:
             raise InvalidTaskError("one call adds push tasks or pull tasks, not both")
 
-    def _store(self, tasks: Sequence[Task]) -> list[AddResult]:
-        runtime = config.runtime()
-        store, ring = runtime.store, runtime.ring
-        rows = [task._row(self._name, ring) for task in tasks]
-
+    def _store(self, runtime: config.Runtime, tasks: Sequence[Task], rows: list[Any]) -> list[AddResult]:
         def work(tx: Tx) -> list[AddResult]:
             now = runtime.clock.now()
             results = tx.add(now, rows)
@@ -106,7 +123,7 @@ class Queue:
                     break
                 for index in again:
                     tasks[index]._renew_id(now)
-                    rows[index] = tasks[index]._row(self._name, ring)
+                    rows[index] = tasks[index]._row(self._name, runtime.ring)
                 for index, result in zip(again, tx.add(now, [rows[index] for index in again]), strict=True):
                     results[index] = result
             return results
@@ -114,12 +131,12 @@ class Queue:
         if time.monotonic() >= runtime.look_at:
             unserved.look(runtime)
         try:
-            return store.run(work)
+            return runtime.store.run(work)
         except EnqueueUnknownError as error:
             error.tasks = list(tasks)
             raise
 
-    def _report(self, tasks: Sequence[Task], results: Sequence[AddResult]) -> None:
+    def _report(self, runtime: config.Runtime, tasks: Sequence[Task], results: Sequence[AddResult]) -> None:
         """Mark what was added; raise what went wrong, a name in use last, as App Engine does."""
         problems: list[Error] = []
         collisions: list[Error] = []
@@ -128,7 +145,8 @@ class Queue:
                 case AddResult.ADDED | AddResult.EXISTS:
                     task._added(self._name)
                 case AddResult.NO_QUEUE:
-                    problems.append(self._unknown())
+                    with runtime.store.read() as tx:
+                        problems.append(unknown_queue(self._name, (row.name for row in tx.queues())))
                 case AddResult.WRONG_MODE:
                     kind = "pull" if task.method == "PULL" else "push"
                     problems.append(InvalidQueueModeError(f"queue {self._name!r} doesn't take {kind} tasks"))
@@ -147,17 +165,147 @@ class Queue:
                     )
         for problem in (*problems, *collisions):
             raise problem
+        if log.isEnabledFor(logging.DEBUG):
+            for each in tasks:
+                log.debug("task %s added to queue %s", each.name, self._name, extra={"task_id": each._id})
 
-    def _unknown(self) -> UnknownQueueError:
-        with config.runtime().store.read() as tx:
-            known = ", ".join(row.name for row in tx.queues())
-        return UnknownQueueError(
-            f"there is no queue {self._name!r}; known are: {known}. Add it to queue.yaml (`- name: {self._name}`) or to "
-            "configure(queues=…)"
-        )
+    # --- deleting ---------------------------------------------------------------------------------------------------
+
+    def delete_tasks(self, task: Task | Iterable[Task]) -> Task | list[Task]:
+        """Delete tasks by their names; return what was given, with `was_deleted` set on those that were there.
+
+        A task that is gone already is no error; one that runs goes on running. Names stay taken until their tombstones
+        expire. Raises `BadTaskStateError` for a task without a name or deleted before, `DuplicateTaskNameError`,
+        `UnknownQueueError`, and a `StoreError` if the store can't do it.
+        """
+        operation = self._deleting(task)
+        return operation.run() if operation else []
+
+    def delete_tasks_async(self, task: Task | Iterable[Task], rpc: UserRPC | None = None) -> UserRPC:
+        """Do what `delete_tasks` does in the background."""
+        check_rpc(rpc)
+        return (self._deleting(task) or _NOTHING).start("Delete", rpc)
+
+    def delete_tasks_by_name(self, task_name: str | Iterable[str]) -> Task | list[Task]:
+        """Do what `delete_tasks` does, of the tasks of these names; return new `Task` objects for them."""
+        return self.delete_tasks(_named(task_name))
+
+    def delete_tasks_by_name_async(self, task_name: str | Iterable[str], rpc: UserRPC | None = None) -> UserRPC:
+        """Do what `delete_tasks_by_name` does in the background."""
+        return self.delete_tasks_async(_named(task_name), rpc)
+
+    def _deleting(self, task: Task | Iterable[Task]) -> _Operation | None:
+        tasks, alone = _tasks(task)
+        names: list[str] = []
+        for each in tasks:
+            if each.name is None:
+                raise BadTaskStateError(f"{each!r} has no name to be deleted by")
+            if each.was_deleted:
+                raise BadTaskStateError(f"{each!r} was deleted before")
+            names.append(each.name)
+        _check_names(names)
+        if not tasks:
+            return None
+        runtime = config.runtime()
+
+        def work() -> list[DeleteResult]:
+            results: list[DeleteResult] = []
+            for start in range(0, len(names), _SLICE):
+                results += runtime.store.run(partial(self._delete, runtime, names[start : start + _SLICE]))
+            return results
+
+        def finish(results: list[DeleteResult]) -> Task | list[Task]:
+            for each, result in zip(tasks, results, strict=True):
+                if result is DeleteResult.DELETED:
+                    each._deleted = True
+            return tasks[0] if alone else tasks
+
+        return _Operation(names, work, finish)
+
+    def _delete(self, runtime: config.Runtime, names: Sequence[str], tx: Tx) -> list[DeleteResult]:
+        self._check_known(tx)
+        return tx.delete(runtime.clock.now(), self._name, names)
+
+    def purge(self) -> None:
+        """Delete every task that waits in the queue.
+
+        Dead letters stay, and names stay taken until their tombstones expire. Tasks that run finish, and change nothing
+        any more. Raises `UnknownQueueError`, and a `StoreError` if the store can't do it.
+        """
+        runtime = config.runtime()
+
+        def work(tx: Tx) -> int:
+            self._check_known(tx)
+            return tx.purge(runtime.clock.now(), self._name, _SLICE)
+
+        while runtime.store.run(work):
+            pass
+
+    def _check_known(self, tx: Tx) -> None:
+        """Raise `UnknownQueueError` if the store has no such queue."""
+        names = [row.name for row in tx.queues()]
+        if self._name not in names:
+            raise unknown_queue(self._name, names)
+
+    # --- leasing: not there yet -------------------------------------------------------------------------------------
+
+    def lease_tasks(self, lease_seconds: float, max_tasks: int, deadline: float = 10) -> list[Task]:
+        """Lease tasks of a pull queue. Not available in this version: `NotAvailableError`, once the arguments are right.
+
+        Raises TypeError, `InvalidLeaseTimeError`, `InvalidMaxTasksError`, `InvalidDeadlineError`.
+        """
+        check_deadline(deadline)
+        raise _not_leased(lease_seconds, max_tasks)
+
+    def lease_tasks_async(self, lease_seconds: float, max_tasks: int, rpc: UserRPC | None = None) -> UserRPC:
+        """Do what `lease_tasks` does in the background."""
+        check_rpc(rpc)
+        raise _not_leased(lease_seconds, max_tasks)
+
+    def lease_tasks_by_tag(
+        self, lease_seconds: float, max_tasks: int, tag: str | None = None, deadline: float = 10
+    ) -> list[Task]:
+        """Lease tasks of one tag. Not available in this version: `NotAvailableError`, once the arguments are right.
+
+        Raises TypeError, `InvalidLeaseTimeError`, `InvalidMaxTasksError`, `InvalidTagError`, `InvalidDeadlineError`.
+        """
+        check_deadline(deadline)
+        rules.tag_of(tag, config.runtime().limits)
+        raise _not_leased(lease_seconds, max_tasks)
+
+    def lease_tasks_by_tag_async(
+        self, lease_seconds: float, max_tasks: int, tag: str | None = None, rpc: UserRPC | None = None
+    ) -> UserRPC:
+        """Do what `lease_tasks_by_tag` does in the background."""
+        check_rpc(rpc)
+        rules.tag_of(tag, config.runtime().limits)
+        raise _not_leased(lease_seconds, max_tasks)
+
+    def modify_task_lease(self, task: Task, lease_seconds: float) -> None:
+        """Change how long a task is leased. Not available in this version: `NotAvailableError`.
+
+        Raises TypeError and `InvalidLeaseTimeError`.
+        """
+        _check_lease(lease_seconds)
+        if not isinstance(task, Task):
+            raise TypeError(f"a Task is needed, not {type(task).__name__}")
+        raise NotAvailableError(_NOT_LEASED)
+
+    # --- statistics -------------------------------------------------------------------------------------------------
+
+    def fetch_statistics(self, deadline: float = 10) -> QueueStatistics:
+        """Return the queue's numbers. Raises what `QueueStatistics.fetch` raises."""
+        statistics: QueueStatistics = QueueStatistics.fetch(self, deadline)
+        return statistics
+
+    def fetch_statistics_async(self, rpc: UserRPC | None = None) -> UserRPC:
+        """Do what `fetch_statistics` does in the background."""
+        return QueueStatistics.fetch_async(self, rpc)
 
     def __eq__(self, other: object) -> bool:
-        return self._name == other._name if isinstance(other, Queue) else NotImplemented
+        if not isinstance(other, Queue):
+            return NotImplemented
+        return self._name == other._name and self._app == other._app
 
     __hash__ = None  # type: ignore[assignment]  # unhashable, as App Engine's
 
@@ -165,13 +313,88 @@ class Queue:
         return f"Queue<name={self._name!r}>"
 
 
+class _Operation(NamedTuple):
+    """A request to the store: *work* runs in any thread, *finish* turns its answer into the result in the caller's."""
+
+    request: object
+    work: Callable[[], Any]
+    finish: Callable[[Any], Any]
+
+    def run(self) -> Any:
+        return self.finish(self.work())
+
+    def start(self, method: str, rpc: UserRPC | None) -> UserRPC:
+        def result(done: UserRPC) -> Any:
+            done.check_success()
+            return self.finish(done.response)
+
+        call = rpc or create_rpc()
+        call.make_call(method, self.request, self.work, result)
+        return call
+
+
+_NOTHING = _Operation([], list, list)
+
+
+def _tasks(given: Task | Iterable[Task]) -> tuple[list[Task], bool]:
+    """Return the tasks that *given* means, and whether it is one alone."""
+    if isinstance(given, Task):
+        return [given], True
+    if given and not isinstance(given, Iterable):
+        raise TypeError(f"a queue takes a Task or several, not {type(given).__name__}")
+    tasks = list(given or ())
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise InvalidTaskError(f"a queue takes Task objects, not {type(task).__name__}")
+    return tasks, False
+
+
+def _named(names: str | Iterable[str]) -> Task | list[Task]:
+    return Task(name=names) if isinstance(names, str) else [Task(name=name) for name in names]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise DuplicateTaskNameError(f"two tasks of this call are named {name!r}")
+        seen.add(name)
+
+
+def _not_leased(lease_seconds: object, max_tasks: object) -> NotAvailableError:
+    """Return the error of leasing, once the arguments are right."""
+    _check_lease(lease_seconds)
+    if not isinstance(max_tasks, int):
+        raise TypeError(f"max_tasks is a whole number, not {type(max_tasks).__name__}")
+    most = config.runtime().limits.tasks_per_lease
+    if not 0 < max_tasks <= most:
+        raise InvalidMaxTasksError(f"max_tasks is {shown(max_tasks)}; 1 to {most} are allowed")
+    return NotAvailableError(_NOT_LEASED)
+
+
+def _check_lease(seconds: object) -> None:
+    if not isinstance(seconds, int | float):
+        raise TypeError(f"lease_seconds is a number of seconds, not {type(seconds).__name__}")
+    most = config.runtime().limits.lease_seconds
+    if not 0 <= seconds <= most:
+        raise InvalidLeaseTimeError(f"lease_seconds is {shown(seconds)}; 0 to {most} are allowed")
+
+
+def unknown_queue(name: str, known: Iterable[str]) -> UnknownQueueError:
+    """Return the error of a queue that the store doesn't have."""
+    return UnknownQueueError(
+        f"there is no queue {name!r}; known are: {', '.join(known)}. Add it to queue.yaml (`- name: {name}`) or to "
+        "configure(queues=…)"
+    )
+
+
 def add(
-    payload: bytes | str | None = None, *, queue_name: str = "default", transactional: bool = False, **options: object
+    payload: bytes | str | None = None, *, queue_name: str = "default", transactional: bool = False, **options: Any
 ) -> Task:
     """Build a `Task` of the arguments and add it to a queue; return it.
 
     *options* are those of `Task`; raises what `Task` and `Queue.add` raise.
     """
-    task = Task(payload, **options)  # type: ignore[arg-type]  # Task checks its own arguments
+    task = Task(payload, **options)
     Queue(queue_name).add(task, transactional)
     return task

@@ -3,178 +3,126 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
-from typing import Any
-from urllib.parse import quote, urlsplit
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
-from deferlib import config, payload
+from deferlib import config
+from deferlib import payload as payloads
 from deferlib.context import moment
-from deferlib.core.backoff import options_text
 from deferlib.core.model import SECOND, Micros, NewTask
-from deferlib.errors import (
-    InvalidDispatchDeadlineError,
-    InvalidEtaError,
-    InvalidTagError,
-    InvalidTaskError,
-    InvalidTaskNameError,
-    InvalidTaskRetryOptionsError,
-    InvalidUrlError,
-    TaskTooLargeError,
-)
+from deferlib.errors import InvalidTaskError, TaskTooLargeError
 from deferlib.ids import ids
 from deferlib.keys import Keyring
-from deferlib.namespaces import get_namespace
-from deferlib.taskqueue import limits
+from deferlib.taskqueue import rules
+from deferlib.taskqueue.headers import Headers
+from deferlib.taskqueue.limits import SAFE_URL_BYTES
+from deferlib.taskqueue.options import TaskRetryOptions
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
-_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*\Z")
-_TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_ENGINE_HEADERS = ("x-appengine-", "x-cloudtasks-", "x-deferlib-")
-_CALL_HEADERS = {"Content-Type": "application/octet-stream"}  # of a deferred call without headers of its own
-_CALL_HEADERS_TEXT = json.dumps(list(_CALL_HEADERS.items()))
-_FIRST: Micros = -62_135_596_800 * SECOND  # the year 1
-_LAST: Micros = 253_370_764_800 * SECOND  # the year 9999
+if TYPE_CHECKING:
+    from deferlib.taskqueue.rpc import UserRPC
 
-
-class TaskRetryOptions:
-    """A task's own retry options: they replace the queue's as a whole. None: not set (App Engine's defaults apply)."""
-
-    __slots__ = ("_max_backoff", "_max_doublings", "_min_backoff", "_task_age_limit", "_task_retry_limit")
-
-    def __init__(
-        self,
-        *,
-        min_backoff_seconds: float | None = None,
-        max_backoff_seconds: float | None = None,
-        task_age_limit: float | None = None,
-        max_doublings: int | None = None,
-        task_retry_limit: int | None = None,
-    ) -> None:
-        given = {
-            "min_backoff_seconds": min_backoff_seconds,
-            "max_backoff_seconds": max_backoff_seconds,
-            "task_age_limit": task_age_limit,
-            "max_doublings": max_doublings,
-            "task_retry_limit": task_retry_limit,
-        }
-        for name, value in given.items():
-            if value is not None and not 0 <= value < 2**31:
-                raise InvalidTaskRetryOptionsError(f"{name} is {value!r}; a number from 0 to 2147483647 is needed")
-        if None not in (min_backoff_seconds, max_backoff_seconds) and max_backoff_seconds < min_backoff_seconds:  # type: ignore[operator]  # neither is None
-            raise InvalidTaskRetryOptionsError(
-                f"max_backoff_seconds ({max_backoff_seconds}) is smaller than min_backoff_seconds ({min_backoff_seconds})"
-            )
-        self._min_backoff = min_backoff_seconds
-        self._max_backoff = max_backoff_seconds
-        self._task_age_limit = None if task_age_limit is None else math.ceil(task_age_limit)
-        self._max_doublings = None if max_doublings is None else int(max_doublings)
-        self._task_retry_limit = None if task_retry_limit is None else int(task_retry_limit)
-
-    @property
-    def min_backoff_seconds(self) -> float | None:
-        """The wait before the first retry."""
-        return self._min_backoff
-
-    @property
-    def max_backoff_seconds(self) -> float | None:
-        """The longest wait between two attempts."""
-        return self._max_backoff
-
-    @property
-    def task_age_limit(self) -> int | None:
-        """Seconds after the first attempt began in which the task may be retried."""
-        return self._task_age_limit
-
-    @property
-    def max_doublings(self) -> int | None:
-        """How often the wait doubles before it grows linearly."""
-        return self._max_doublings
-
-    @property
-    def task_retry_limit(self) -> int | None:
-        """How often the task may be retried: limit 3 means 4 attempts."""
-        return self._task_retry_limit
-
-    def text(self) -> str:
-        """Return the options as the store keeps them; '' if none is set."""
-        return options_text(
-            min_backoff=self._min_backoff,
-            max_backoff=self._max_backoff,
-            age_limit=self._task_age_limit,
-            max_doublings=self._max_doublings,
-            retry_limit=self._task_retry_limit,
-        )
-
-    def __repr__(self) -> str:
-        fields = (
-            "min_backoff_seconds", "max_backoff_seconds", "task_age_limit", "max_doublings", "task_retry_limit"
-        )  # fmt: skip
-        given = (f"{name}={getattr(self, name)!r}" for name in fields if getattr(self, name) is not None)
-        return f"TaskRetryOptions({', '.join(given)})"
+_CALL_HEADERS_TEXT = json.dumps(rules.CALL_HEADERS.lines())
+_NAMESPACE_BYTES = len(rules.CURRENT_NAMESPACE) + 4
 
 
 class Task:
     """A unit of work: an HTTP request to be made later, until it is answered with 200 to 299.
 
     A task's id and nonce are made here, so that adding the same object again after an unknown outcome adds it once.
+    It carries the namespace in which it is made.
+
+    *payload* is the body: bytes, or a string, sent as UTF-8. *params* are form-encoded: into the body of a POST or PULL
+    task, into the query of any other; a value that holds several is repeated. *url* is a path with or without a query,
+    by default `/_ah/queue/` and the queue's name; *method* POST, GET, HEAD, PUT, DELETE or PULL. *headers* is a mapping;
+    a value may be a list. *countdown* is in seconds from now, *eta* a datetime (naive: local time), at most 30 days
+    ahead. *target* names a service, *retry_options* replace the queue's as a whole, *dispatch_deadline_usec* is how long
+    an attempt may take, and *tag* groups tasks of a pull queue.
+
+    Raises `InvalidTaskError` and its kin (`InvalidTaskNameError`, `InvalidUrlError`, `InvalidEtaError`,
+    `TaskTooLargeError`), `InvalidTagError`, `InvalidDispatchDeadlineError`; TypeError for a url that is no string, a
+    countdown that is no number, a deadline that is no int, and retry options of another class.
     """
 
     def __init__(
         self,
         payload: bytes | str | None = None,
         *,
-        name: str | None = None,
-        url: str = "",
-        method: str = "POST",
-        headers: Mapping[str, str] | None = None,
-        countdown: float | None = None,
+        countdown: float | str | None = None,
         eta: datetime | None = None,
+        headers: Mapping[str, str | Iterable[str]] | None = None,
+        method: str = "POST",
+        name: str | None = None,
+        params: Mapping[str, Any] | None = None,
         retry_options: TaskRetryOptions | None = None,
-        target: str | None = None,
         tag: str | None = None,
+        target: Any = None,
+        url: str = "",
         dispatch_deadline_usec: int | None = None,
+        _size_check: bool = True,
+        _call: payloads.Call | None = None,
     ) -> None:
-        now = config.runtime().clock.now()
-        if name and not (isinstance(name, str) and limits.TASK_NAME.match(name)):
-            raise InvalidTaskNameError(f"task name {name!r}: 1 to 500 letters, digits, hyphens and underscores are allowed")
-        self._name = name or None
-        self._url = _checked_url(url)
-        self._method = _checked_method(method, self._url, headers, target)
-        self._headers = _checked_headers(headers)
-        self._payload = _checked_payload(payload, self._method, self._headers)
-        self._tag = _checked_tag(tag, self._method)
-        self._target = _checked_target(target)
-        self._eta = _checked_eta(countdown, eta, now)
+        runtime = config.runtime()
+        limits, now = runtime.limits, runtime.clock.now()
+        self._name = rules.name_of(name, limits) if name else None
+        url = rules.url_of(url, limits)
+        query = rules.params_of(params) if params else ""
+        if query and "?" in url:
+            raise InvalidTaskError("give a query in the url or params, not both")
+        self._method = rules.method_of(method)
+        if tag is not None and self._method != "PULL":
+            raise InvalidTaskError("only a task of method PULL has a tag")
+        content_type = ""
+        self._payload = None
+        if _call is None:
+            self._payload, query, content_type = rules.content_of(
+                self._method, payload, query, query="?" in url, routed=bool(url or headers or target)
+            )
+        elif "?" in url:
+            raise InvalidTaskError("the url of a deferred call has no query")
+        self._url = rules.with_query(url, query, limits) if query or len(url) > SAFE_URL_BYTES else url
+        self._headers = rules.headers_of(headers)
+        if content_type and "Content-Type" not in self._headers:
+            self._headers = self._headers.copy()
+            self._headers["Content-Type"] = content_type
+        self._target, self._shown_target = rules.target_of(target, self._headers) if target or headers else ("", None)
+        self._eta = rules.eta_of(countdown, eta, now, limits)
+        self._namespace = rules.namespace_of(self._headers)
+        self._call = _call
+        if _size_check:
+            longest = limits.pull_task_bytes if self._method == "PULL" else limits.push_task_bytes
+            self._check_size(longest if _call is None else limits.call_bytes)
+        self._tag, self._shown_tag = rules.tag_of(tag, limits) if tag else "", tag
+        self._deadline = rules.deadline_of(dispatch_deadline_usec, limits) if dispatch_deadline_usec is not None else 0
+        if retry_options is not None and not isinstance(retry_options, TaskRetryOptions):
+            raise TypeError(f"retry_options is a TaskRetryOptions, not {type(retry_options).__name__}")
         self._retry_options = retry_options
-        self._deadline = _checked_deadline(dispatch_deadline_usec)
-        self._namespace = get_namespace()
         self._created = now
         self._id = ids.next(now)
         self._nonce = ids.nonce()
-        self._call: payloads.Call | None = None
         self._queue_name: str | None = None
         self._enqueued = False
         self._deleted = False
-        limit = limits.MAX_PULL_TASK_SIZE_BYTES if self._method == "PULL" else limits.MAX_PUSH_TASK_SIZE_BYTES
-        if self.size > limit:
-            raise TaskTooLargeError(f"the task has {self.size} bytes, at most {limit} are allowed")
 
     @classmethod
     def of_call(cls, call: payloads.Call, **options: Any) -> Task:
         """Return the task of a deferred call: its payload is sealed when its queue is known, and may be 32 MiB long."""
-        size = len(call.body)
-        if size > limits.MAX_DEFERRED_BYTES:
+        return cls(_call=call, **options)
+
+    def _check_size(self, longest: int) -> None:
+        size = self.size
+        if size <= longest:
+            return
+        if self._call is not None:
             raise TaskTooLargeError(
-                f"the call of {call.label} has {size} bytes, at most {limits.MAX_DEFERRED_BYTES} are allowed; "
-                "store what is large and pass its name"
+                f"the call of {self._call.label} has {size} bytes, at most {longest} are allowed; store what is large and "
+                "pass its name, or raise the limit call_bytes"
             )
-        task = cls(**options)
-        task._call = call
-        return task
+        raise TaskTooLargeError(
+            f"the task has {size} bytes (method, url, headers and payload), at most {longest} are allowed; store what is "
+            f"large and pass its name, or raise the limit {'pull' if self._method == 'PULL' else 'push'}_task_bytes"
+        )
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -192,8 +140,13 @@ class Task:
 
     @property
     def url(self) -> str:
-        """The path and query; '' for the queue's default URL."""
+        """The path and query; without a path for the queue's default URL."""
         return self._url
+
+    @property
+    def on_queue_url(self) -> bool:
+        """Whether the task goes to the queue's default URL."""
+        return not self._url.startswith("/") and self._method != "PULL"
 
     @property
     def method(self) -> str:
@@ -201,9 +154,11 @@ class Task:
         return self._method
 
     @property
-    def headers(self) -> dict[str, str]:
-        """A copy of the headers."""
-        return dict(self._headers)
+    def headers(self) -> Headers:
+        """A copy of the headers, the namespace's included; their names have no letter case."""
+        headers = self._headers.copy()
+        headers[rules.CURRENT_NAMESPACE] = self._namespace
+        return headers
 
     @property
     def eta(self) -> datetime:
@@ -211,19 +166,29 @@ class Task:
         return moment(self._eta)
 
     @property
-    def target(self) -> str | None:
-        """The named target; None for the queue's or the default one."""
-        return self._target or None
+    def eta_posix(self) -> float:
+        """When the task is to run, in seconds since 1970."""
+        return self._eta / SECOND
+
+    @property
+    def target(self) -> Any:
+        """The named target, or `DEFAULT_APP_VERSION`; None for the queue's or the default one."""
+        return self._shown_target
 
     @property
     def tag(self) -> str | None:
         """A pull task's tag; None without one."""
-        return self._tag or None
+        return self._shown_tag
 
     @property
     def retry_options(self) -> TaskRetryOptions | None:
         """The task's own retry options; None for the queue's."""
         return self._retry_options
+
+    @property
+    def retry_count(self) -> int:
+        """How often a task of a pull queue was leased; 0 for one that wasn't."""
+        return 0
 
     @property
     def dispatch_deadline_usec(self) -> int | None:
@@ -248,17 +213,60 @@ class Task:
     @property
     def size(self) -> int:
         """The size in bytes that the limits count: method, URL, headers and payload."""
-        headers = sum(len(key) + len(value) + 4 for key, value in self._headers.items())
-        return len(self._method) + len(self._url) + headers + len(self._payload or b"")
+        headers = _NAMESPACE_BYTES + len(self._namespace) + self._headers.size
+        return len(self._method) + len(self._url) + headers + len(self.payload or b"")
 
-    def add(self, queue_name: str = "default", transactional: bool = False) -> None:
-        """Add the task to a queue."""
+    # --- what it does -----------------------------------------------------------------------------------------------
+
+    def add(self, queue_name: str = "default", transactional: bool = False) -> Task:
+        """Add the task to a queue; return it. Raises what `Queue.add` raises."""
         from deferlib.taskqueue.queue import Queue
 
         Queue(queue_name).add(self, transactional)
+        return self
+
+    def add_async(self, queue_name: str = "default", transactional: bool = False, rpc: UserRPC | None = None) -> UserRPC:
+        """Add the task to a queue in the background; `get_result()` of what is returned returns the task."""
+        from deferlib.taskqueue.queue import Queue
+
+        return Queue(queue_name).add_async(self, transactional, rpc)
+
+    def extract_params(self) -> dict[str | bytes, bytes | list[bytes]]:
+        """Return the params: of a POST or PULL task those of the payload, of any other those of the query.
+
+        Values are bytes, several of one name a list. Names are strings, of a PULL task bytes, as on App Engine. Raises
+        ValueError if there is something else in that place.
+        """
+        in_payload = self._method in ("POST", "PULL")
+        text = (self.payload or b"").decode("latin-1") if in_payload else self._url.partition("?")[2]
+        if not text:
+            return {}
+        found: dict[str | bytes, list[bytes]] = {}
+        for name, value in parse_qsl(text, keep_blank_values=True, strict_parsing=True, encoding="latin-1"):
+            raw = name.encode("latin-1")
+            key: str | bytes = raw if self._method == "PULL" else raw.decode("utf-8", "replace")
+            found.setdefault(key, []).append(value.encode("latin-1"))
+        return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 
     def __repr__(self) -> str:
-        return f"<Task {self.name or self._id} {self._method} {self._url or 'default URL'} eta={self.eta.isoformat()}>"
+        """Return every attribute, but of payload and headers only how long they are and what they are called."""
+        payload = self.payload
+        shown: dict[str, object] = {
+            "eta": self.eta,
+            "method": self._method,
+            "name": self.name,
+            "payload": None if payload is None else f"<{len(payload)} bytes>",
+            "queue_name": self._queue_name,
+            "retry_options": self._retry_options,
+            "size": self.size,
+            "was_deleted": self._deleted,
+            "was_enqueued": self._enqueued,
+        }
+        if self._method == "PULL":
+            shown["tag"] = self.tag
+        else:
+            shown |= {"headers": list(self.headers), "target": self.target, "url": self._url}
+        return f"Task<{', '.join(f'{name}={shown[name]!r}' for name in sorted(shown))}>"
 
     # --- for the queue ----------------------------------------------------------------------------------------------
 
@@ -267,8 +275,12 @@ class Task:
 
     def _row(self, queue: str, ring: Keyring) -> NewTask:
         """Return the task as the store takes it; a deferred call is sealed for its id and queue."""
-        mode = "pull" if self._method == "PULL" else "push"
-        url = "" if mode == "pull" else self._url or f"/_ah/queue/{queue}"
+        mode, url, fail_fast = "pull", "", 0
+        if self._method != "PULL":
+            mode, url = "push", self._url
+            if not url.startswith("/"):
+                url = f"/_ah/queue/{queue}{url}"
+            fail_fast = int(rules.fails_fast(self._headers)) if self._headers is not rules.CALL_HEADERS else 0
         body, key_id = self._payload or b"", b""
         if self._call is not None:
             key_id = ring.signing.id
@@ -290,7 +302,7 @@ class Task:
             self._tag,
             self._retry_options.text() if self._retry_options is not None else "",
             self._deadline,
-            0,
+            fail_fast,
             key_id,
             body,
         )
@@ -300,144 +312,12 @@ class Task:
         self._enqueued = True
 
 
-payloads = payload  # the module: `payload` is an argument's and a property's name above
+_COLUMNS = frozenset({rules.CURRENT_NAMESPACE.lower(), rules.FAIL_FAST.lower()})  # kept on their own
 
 
-def _headers_text(headers: dict[str, str]) -> str:
-    if headers == _CALL_HEADERS:  # 0.05 µs, json.dumps takes 3
+def _headers_text(headers: Headers) -> str:
+    """Return the headers as the store keeps them: a JSON list of names and values."""
+    if headers is rules.CALL_HEADERS:  # json.dumps takes 3 µs
         return _CALL_HEADERS_TEXT
-    return json.dumps(list(headers.items())) if headers else ""
-
-
-def _checked_url(url: str) -> str:
-    if not url:
-        return ""
-    if not isinstance(url, str):
-        raise InvalidUrlError(f"url {url!r}: a string is needed")
-    return _sound_url(url)
-
-
-@lru_cache(maxsize=256)  # 2 µs of the 3 that checking takes: an app's tasks share a few URLs
-def _sound_url(url: str) -> str:
-    try:
-        scheme, netloc, path, _query, fragment = urlsplit(url)
-    except ValueError as error:
-        raise InvalidUrlError(f"url {url!r}: {error}") from None
-    if scheme or netloc or fragment or not path.startswith("/") or re.search(r"[\x00-\x20\x7f]", url):
-        raise InvalidUrlError(
-            f"url {url!r}: a path that starts with '/' is needed, without scheme, host, fragment or spaces"
-        )
-    if not {".", ".."}.isdisjoint(path.lower().replace("%2e", ".").split("/")):
-        # libcurl and proxies resolve them, and the token would be for another path than the one that arrives
-        raise InvalidUrlError(f"url {url!r}: a path without '.' and '..' is needed")
-    if len(path) > limits.MAX_URL_LENGTH:
-        raise InvalidUrlError(f"the url's path has {len(path)} characters, at most {limits.MAX_URL_LENGTH} are allowed")
-    sent = url if url.isascii() else quote(url, safe="/?&=%:@!$'()*+,;~-._#[]")
-    if len(sent) > limits.MAX_SENT_URL_LENGTH:  # in the dispatch token too, and servers take 8 KB of headers
-        raise InvalidUrlError(
-            f"the url has {len(sent)} bytes as it is sent, at most {limits.MAX_SENT_URL_LENGTH} are allowed; put what is "
-            "long into the payload"
-        )
-    return sent
-
-
-def _checked_method(method: str, url: str, headers: object, target: object) -> str:
-    upper = method.upper() if isinstance(method, str) else ""
-    if upper not in limits.METHODS:
-        raise InvalidTaskError(f"method {method!r}: one of {', '.join(sorted(limits.METHODS))} is needed")
-    if upper == "PULL" and (url or headers or target):
-        raise InvalidTaskError("a task of method PULL has no url, headers or target")
-    return upper
-
-
-def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    if not headers:
-        return {}
-    if headers == _CALL_HEADERS:
-        return dict(_CALL_HEADERS)
-    checked = {}
-    for name, value in headers.items():
-        if not isinstance(name, str) or not _HEADER_NAME.match(name):
-            raise InvalidTaskError(f"header name {name!r}: letters, digits and hyphens are allowed")
-        if not isinstance(value, str) or not _HEADER_VALUE.match(value):
-            raise InvalidTaskError(f"header {name}: its value is a line of text in Latin-1")
-        # The engine's own are dropped, as on App Engine, also where a server's folding would make them its own.
-        if not name.lower().replace("_", "-").startswith(_ENGINE_HEADERS):
-            checked[name] = value
-    return checked
-
-
-def _checked_payload(payload: bytes | str | None, method: str, headers: dict[str, str]) -> bytes | None:
-    if payload is None:
-        if method == "PULL":
-            raise InvalidTaskError("a task of method PULL needs a payload")
-        return None
-    if isinstance(payload, str):
-        data = payload.encode()
-        if method != "PULL" and not any(name.lower() == "content-type" for name in headers):
-            headers["Content-Type"] = "text/plain; charset=utf-8"
-    elif isinstance(payload, bytes):
-        data = payload
-    else:
-        raise InvalidTaskError(f"the payload is bytes or a string, not {type(payload).__name__}")
-    if data and method not in limits.BODY_METHODS:
-        raise InvalidTaskError(f"a task of method {method} has no payload")
-    return data
-
-
-def _checked_target(target: str | None) -> str:
-    if not target:
-        return ""
-    if not isinstance(target, str) or not _TARGET.match(target):
-        raise InvalidTaskError(f"target {target!r}: up to 100 letters, digits, dots, hyphens and underscores are allowed")
-    return target
-
-
-def _checked_tag(tag: str | None, method: str) -> str:
-    if tag is None:
-        return ""
-    if method != "PULL":
-        raise InvalidTaskError("only a task of method PULL has a tag")
-    if len(tag) > limits.MAX_TAG_LENGTH:
-        raise InvalidTagError(f"the tag has {len(tag)} characters, at most {limits.MAX_TAG_LENGTH} are allowed")
-    return tag
-
-
-def _checked_eta(countdown: float | None, eta: datetime | None, now: Micros) -> Micros:
-    if countdown is not None and eta is not None:
-        raise InvalidTaskError("give a countdown or an eta, not both")
-    if eta is not None:
-        if not isinstance(eta, datetime):
-            raise InvalidTaskError(f"an eta is a datetime, not {type(eta).__name__}")
-        try:
-            at = (eta.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)  # naive: local time
-        except (OverflowError, ValueError, OSError) as error:
-            raise InvalidTaskError(f"eta {eta!r}: {error}") from None
-    elif countdown is not None:
-        try:
-            seconds = float(countdown)
-        except (ValueError, OverflowError) as error:
-            raise InvalidTaskError(f"countdown {countdown!r}: {error}") from None
-        if not math.isfinite(seconds):
-            raise InvalidTaskError(f"countdown {countdown!r}: a finite number of seconds is needed")
-        at = round(now + seconds * SECOND)
-    else:
-        return now
-    if at - now > limits.MAX_COUNTDOWN // timedelta(microseconds=1):
-        raise InvalidEtaError(f"the eta is {(at - now) / SECOND / 86_400:.1f} days ahead, at most 30 are allowed")
-    return max(min(at, _LAST), _FIRST)
-
-
-def _checked_deadline(deadline: int | None) -> Micros:
-    if deadline is None:
-        return 0
-    if isinstance(deadline, bool) or not isinstance(deadline, int):
-        raise TypeError(f"dispatch_deadline_usec is a whole number of microseconds, not {type(deadline).__name__}")
-    least, most = (
-        limit // timedelta(microseconds=1) for limit in (limits.MIN_DISPATCH_DEADLINE, limits.MAX_DISPATCH_DEADLINE)
-    )
-    if not least <= deadline <= most:
-        raise InvalidDispatchDeadlineError(
-            f"dispatch_deadline_usec is {deadline}; {least} to {most} (15 s to 24 h) are allowed"
-        )
-    return deadline
+    lines = [line for line in headers.lines() if line[0].lower() not in _COLUMNS]
+    return json.dumps(lines) if lines else ""

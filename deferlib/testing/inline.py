@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextvars import Context
 
 from deferlib.clock import Clock
-from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
 from deferlib.engine.local import Answer, WsgiApp, call
 
 
@@ -81,6 +81,9 @@ class InlineTransport:
 
     def _end(self, delivery: Delivery, kind: Kind, started: Micros, answer: Answer) -> None:
         claim, ended = delivery.claim, self._clock.now()
+        if ended >= started + delivery.deadline:  # the call has moved the clock: no engine would still wait for its answer
+            kind, answer = Kind.TIMEOUT, Answer()
+            answer.error = f"no answer within {delivery.deadline / SECOND:g} s"
         result = Result(claim.id, claim.claims, kind, started, ended, answer.status, answer.outcome, answer.error)
         self._results.append(result)
         self.ended.append((delivery, result))

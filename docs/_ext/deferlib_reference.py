@@ -236,6 +236,29 @@ class SettingFacts(SphinxDirective):
         return [_table(None, rows)]
 
 
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def limit_rows() -> list[tuple[str, str, str, str, str]]:
+    """Return a row for each limit: name, what it is, both profiles' values, how far it can be moved."""
+    from deferlib.limits import TABLE
+
+    return [
+        (name, limit.what, f"{limit.appengine:,}", f"{limit.deferlib:,}", f"{limit.least:,} to {limit.most:,}")
+        for name, limit in TABLE.items()
+    ]
+
+
+class LimitTable(SphinxDirective):
+    """State every limit."""
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_reread()
+        head = ("limit", "what", "appengine", "deferlib", "allowed")
+        rows = [([nodes.literal(text=name)], *([nodes.Text(text)] for text in texts)) for name, *texts in limit_rows()]
+        return [_table(head, rows)]
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +324,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("api", Api)
     app.add_directive("not-yet", NotYet)
     app.add_directive("setting", SettingFacts)
+    app.add_directive("limits", LimitTable)
     app.add_directive("cli", Commands)
     app.connect("autodoc-process-docstring", describe_fields)
     app.connect("autodoc-process-signature", spell_out)

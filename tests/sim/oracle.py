@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tests.sim.world import Node, World
 
 REREAD: Micros = SECOND  # how soon an engine must know that a queue is paused
+FAST_PAUSE: Micros = SECOND // 50  # and look for tasks that don't wait for a slot, where hint follows upon hint
 ROWS = """
 select id, claims, attempts, failures, executions, lost, due > eta, due, due is null from tasks
 union all
@@ -66,6 +67,7 @@ class Case:
     lost: int = 0
     leased: bool = False
     until: Micros = 0  # end of the lease
+    ready: Micros = 0  # since when anyone may have known that it is due
     holder: Node | None = None
     results: dict[int, Result] = field(default_factory=dict)  # what the engine was told, by fence
 
@@ -80,7 +82,9 @@ class Oracle:
         self.sent_fences: set[Fence] = set()
         self.dispatched: dict[str, deque[Micros]] = {name: deque() for name in self.configs}
         self.paused: dict[str, Micros] = {}
+        self.resumed: dict[str, Micros] = {}
         self.owners: dict[str, Node] = {}
+        self.hasty: set[int] = set()  # claimed only to fail
         self.checked = -1
 
     # --- what was committed -----------------------------------------------------------------------------------------
@@ -100,8 +104,9 @@ class Oracle:
                     for outcome, held in zip(arguments, result, strict=True):
                         self._settled(outcome, held)
                 case "claim":
+                    fast = {spec.queue for spec in arguments if spec.fail_fast}
                     for claim in result:
-                        self._claimed(node, now, claim)
+                        self._claimed(node, now, claim, claim.queue in fast)
                 case "delete":
                     for (queue, name), deleted in zip(arguments, result, strict=True):
                         self._deleted(self.names.get((queue, name)) or int(name), deleted)
@@ -113,6 +118,11 @@ class Oracle:
                     for queue in arguments:
                         if self.paused.pop(queue, None) is None:
                             self.paused[queue] = now
+                        else:
+                            self.resumed[queue] = now
+        hasty = [id for id in self.hasty if self.cases[id].leased]
+        must(not hasty, "claimed only to fail, and not failed:", hasty)
+        self.hasty.clear()
 
     def _added(self, task: NewTask, result: AddResult) -> None:
         case = self.cases.get(task.id)
@@ -122,7 +132,9 @@ class Oracle:
             must(holder is None, "the name", name, "was given away twice")
             # Without a name, an add repeated after an unknown outcome is at least once.
             must(case is None or (case.state is None and not task.name), "task", task.id, "was added twice")
-            self.cases[task.id] = Case(task, state=LIVE, claims=0, acknowledged=case is not None and case.acknowledged)
+            acknowledged = case is not None and case.acknowledged
+            ready = max(task.eta, self.world.now)
+            self.cases[task.id] = Case(task, state=LIVE, claims=0, acknowledged=acknowledged, ready=ready)
             if task.name:
                 self.names[task.queue, task.name] = task.id
         elif result is AddResult.EXISTS:
@@ -144,6 +156,7 @@ class Oracle:
             return
         self.sometimes[str(outcome.action)] += 1
         case.leased = outcome.action is Action.RENEW
+        case.ready = max(outcome.at, self.world.now)
         result = case.results.get(outcome.claims)
         match outcome.action:
             case Action.RENEW:
@@ -162,6 +175,13 @@ class Oracle:
         case.executions += reported or (result is not None and result.status == 200)
         limit = policy_of(case.task.retry, self.configs[case.task.queue].retry).retry_limit
         exceeded = limit is not None and case.failures > limit
+        if outcome.id in self.hasty:
+            self.sometimes["failed fast"] += 1
+            must(
+                outcome.action is not Action.DONE and not outcome.executed and not outcome.charged,
+                "it didn't run:",
+                outcome,
+            )
         if outcome.action is Action.RETRY:
             must(not exceeded, "tried again past its retry limit:", outcome)
         elif outcome.action is Action.DONE:
@@ -174,7 +194,7 @@ class Oracle:
             case.state = DEAD
             self.sometimes["killer given up"] += killer
 
-    def _claimed(self, node: Node | None, now: Micros, claim: Claim) -> None:
+    def _claimed(self, node: Node | None, now: Micros, claim: Claim, fast: bool) -> None:
         case = self.cases[claim.id]
         must(node is not None and case.state == LIVE, "claimed what isn't there:", claim)
         must(claim.claims > case.claims, "the fence went back:", claim)
@@ -184,10 +204,16 @@ class Oracle:
             must(case.holder is not node or not node.flies((claim.id, case.claims)), node, "takes its own", claim)
             case.lost += 1
             self.sometimes["lease expiry"] += 1
+        config = self.configs[claim.queue]
+        if fast:
+            assert node is not None
+            self.hasty.add(claim.id)
+            must(bool(case.task.fail_fast), "failed though it would have waited for a slot:", claim)
+            must(self._crowded(node, claim.queue), node, "failed a task though a slot was free:", claim)
         case.claims, case.leased, case.until, case.holder = claim.claims, True, claim.until, node
         case.attempts += 1
-        config = self.configs[claim.queue]
-        if config.rate:
+        case.ready = max(claim.until, self.world.now)
+        if config.rate and not fast:
             self._rate(config, now)
         paused = self.paused.get(claim.queue)
         must(paused is None or now <= paused + REREAD, "claimed from a paused queue:", claim)
@@ -219,6 +245,32 @@ class Oracle:
         for result in results:
             self.cases[result.id].results[result.claims] = result
             node.owed.add((result.id, result.claims))
+
+    def turned(self, node: Node, begun: Micros) -> None:
+        """Check, after a turn that asks for no other one at once, that nothing waits for a slot that asks to fail fast."""
+        known = begun - self.world.poll - FAST_PAUSE
+        if node.trouble_at > known:  # whoever stood still may have missed a hint
+            return
+        for id, case in self.cases.items():
+            if case.task.fail_fast and case.state == LIVE and case.ready < known and self._full(node, case.task.queue):
+                must(False, node, "let task", id, "wait for a slot since", case.ready)
+
+    def _full(self, node: Node, queue: str) -> bool:
+        """Tell whether *node* lacks slots for *queue*, and nothing else."""
+        config, now = self.configs[queue], self.world.now
+        limited = config.max_concurrent is not None
+        if config.rate or (limited and self.owners.get(queue) is not node) or now <= self.resumed.get(queue, 0) + REREAD:
+            return False
+        flying = sum(self.cases[id].task.queue == queue for id, _ in node.transport.live)
+        crowded = config.max_concurrent is not None and flying >= config.max_concurrent
+        return queue not in self.paused and (crowded or node.transport.room("") <= 0)
+
+    def _crowded(self, node: Node, queue: str) -> bool:
+        """Tell whether *node* has no free slot for *queue*; what it claimed and has yet to send takes one, too."""
+        flying = {id for id, _ in node.transport.live if self.cases[id].task.queue == queue}
+        held = {id for id, case in self.cases.items() if case.leased and case.holder is node and case.task.queue == queue}
+        limit = self.configs[queue].max_concurrent
+        return node.transport.room("") <= 0 or (limit is not None and len(flying | (held - self.hasty)) >= limit)
 
     def ran(self, id: int) -> None:
         self.cases[id].succeeded = True

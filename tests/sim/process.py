@@ -85,6 +85,8 @@ class Node:
                 self.draining, self.stop_at = True, self.world.now + GRACE
                 self.engine.drain()
             until = self.engine.turn()
+            if until > self.world.now and not self.draining:
+                self.world.oracle.turned(self, begun)
         except Crash:
             self.world.crash(self)
             return
@@ -158,7 +160,7 @@ class SimTransport:
 
     def send(self, delivery: Delivery) -> None:
         fence = delivery.claim[:2]
-        if self.world.chance(0.004):
+        if self.world.chance(0.03):
             self.node.glitch("transport")
         self.world.oracle.sent(self.node, delivery)
         self.live[fence] = delivery
@@ -289,8 +291,8 @@ class Recorder:
         self.verbs: list[tuple[str, Micros, Any, Any]] = []
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            result = getattr(self.tx, verb)(*arguments)
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = getattr(self.tx, verb)(*arguments, **options)
             match verb:
                 case "add" | "settle" | "claim":
                     self.verbs.append((verb, arguments[0], list(arguments[1]), list(result)))

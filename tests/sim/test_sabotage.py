@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deferlib.core import backoff, bucket, verdict
+from deferlib.core import backoff, bucket, scheduler, verdict
 from deferlib.core.model import Action, Limiter, Outcome, Result
 from deferlib.core.scheduler import NEVER, Scheduler
 from deferlib.engine.engine import Engine
@@ -176,6 +176,23 @@ def pauses_unnoticed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "configure", once)
 
 
+def full_queues_unnoticed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "full", lambda self, now, room: [])
+
+
+def failed_fast_though_slots_are_free(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "_has_slot", lambda self, queue, room: False)
+
+
+def failed_fast_and_charged(patch: pytest.MonkeyPatch) -> None:
+    failed_fast = verdict.failed_fast
+    patch.setattr(scheduler, "failed_fast", lambda *arguments: failed_fast(*arguments)._replace(charged=1))
+
+
+def failed_fast_a_transaction_later(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Scheduler, "refusals", lambda self, now, specs, claims: [])
+
+
 TAMPERS: list[type[Tampered]] = [
     SettlesWithoutFence,
     ClaimsBeforeItRenews,
@@ -198,6 +215,10 @@ PLANTS: list[Plant] = [
     one_retry_too_many,
     one_token_too_many,
     pauses_unnoticed,
+    full_queues_unnoticed,
+    failed_fast_though_slots_are_free,
+    failed_fast_and_charged,
+    failed_fast_a_transaction_later,
 ]
 
 

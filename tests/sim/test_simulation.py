@@ -17,7 +17,8 @@ from tests.sim.world import World
 FIRST = int(os.environ.get("DEFERLIB_SIM_FIRST", "1"))
 SEEDS = range(FIRST, FIRST + int(os.environ.get("DEFERLIB_SIM_SEEDS", "60")))
 MUST_HAPPEN = {
-    "crash", "dead", "delete", "drained", "duplicate run", "failed begin", "failed commit", "fenced settle", "glitch",
+    "crash", "dead", "delete", "drained", "duplicate run", "failed begin", "failed commit", "failed fast", "fenced settle",
+    "glitch",
     "killer given up", "lease expiry", "outage", "pause", "release", "renew", "retry", "stall", "takeover",
     "unknown commit",
 }  # fmt: skip
@@ -53,7 +54,7 @@ def test_nothing_runs_twice_while_nothing_fails() -> None:
         happened += world.oracle.sometimes
 
     assert happened["renew"], "some ran longer than their lease"
-    assert happened["run"] == happened["done"] + happened["retry"] + happened["dead"]
+    assert happened["run"] + happened["failed fast"] == happened["done"] + happened["retry"] + happened["dead"]
     assert not happened["duplicate run"] + happened["lease expiry"] + happened["fenced settle"]
 
 

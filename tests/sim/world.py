@@ -55,7 +55,7 @@ class World:
         self.end_of_storm = self.now + STORM
         self.storm, self.peace = not peace, peace  # in peace nothing fails but the tasks themselves
         self.in_process = self.rng.random() < 0.4
-        self.lease = LEASE
+        self.lease, self.poll = LEASE, POLL
         self.events: list[tuple[Micros, int, Callable[..., None], tuple[Any, ...]]] = []
         self.order, self.names = count(), count()
         self.log: list[str] = []
@@ -151,9 +151,10 @@ class World:
         queue = rng.choice(QUEUES).name
         eta = self.now + (rng.randrange(2 * STORM) if rng.random() < 0.3 else 0)
         retry = '{"retry_limit":2,"max_backoff":1000000}' if rng.random() < 0.2 else ""
+        fail_fast = int(rng.random() < 0.3)
         return NewTask(
             number + 1, rng.getrandbits(60), queue, name, "push", eta, self.now, "POST", "/work", "", "", "", "", retry,
-            0, 0, b"", b"",
+            0, fail_fast, b"", b"",
         )  # fmt: skip
 
     def add(self, task: NewTask, tries: int = 0) -> None:

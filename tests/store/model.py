@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deferlib.core.model import (
+    DAY,
     Action,
     AddResult,
     Claim,
@@ -104,7 +105,8 @@ class Model:
         return len(gone)
 
     def claim(self, now: Micros, spec: ClaimSpec) -> list[Entry]:
-        due = [entry for entry in self.live(spec.queue) if (entry.due or 0) <= now and spec.tag in (None, entry.task.tag)]
+        live = self.fast(spec.queue) if spec.fail_fast else self.live(spec.queue)
+        due = [entry for entry in live if (entry.due or 0) <= now and spec.tag in (None, entry.task.tag)]
         taken: list[Entry] = []
         spent = 0
         for entry in due[: spec.limit]:
@@ -173,6 +175,13 @@ class Model:
     def live(self, queue: str) -> list[Entry]:
         found = [entry for entry in self.tasks.values() if entry.task.queue == queue and entry.due is not None]
         return sorted(found, key=lambda entry: (entry.due, entry.task.id))
+
+    def fast(self, queue: str) -> list[Entry]:
+        return [entry for entry in self.live(queue) if entry.task.fail_fast]
+
+    def in_flight(self, now: Micros, queue: str) -> int:
+        dues = [(entry.due or 0, entry.eta) for entry in self.live(queue)]
+        return sum(now < due <= now + DAY and due > eta for due, eta in dues)
 
     def letters(self, queue: str) -> list[Entry]:
         return sorted((each for each in self.dead.values() if each.task.queue == queue), key=lambda each: each.task.id)

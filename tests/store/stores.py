@@ -64,6 +64,7 @@ def task(
     body: bytes = b"body",
     tag: str = "",
     mode: str | None = None,
+    fail_fast: int = 0,
 ) -> NewTask:
     """Return a task to add; unless given, its nonce follows from its id."""
     return NewTask(
@@ -82,7 +83,7 @@ def task(
         tag=tag,
         retry='{"retry_limit":3}',
         deadline=600 * SECOND,
-        fail_fast=1,
+        fail_fast=fail_fast,
         key_id=b"key1",
         body=body,
     )
@@ -97,8 +98,9 @@ def spec(
     lease: Micros = LEASE,
     interval: Micros = 0,
     tag: str | None = None,
+    fail_fast: bool = False,
 ) -> ClaimSpec:
-    return ClaimSpec(queue, limit, bytes, now + lease, interval, tag)
+    return ClaimSpec(queue, limit, bytes, now + lease, interval, tag, fail_fast)
 
 
 def outcome(

@@ -178,6 +178,21 @@ def test_next_due_is_the_next_eta_or_end_of_a_lease(store: Store) -> None:
     assert next_due("default") == {"default": NOW + DAY}, "a tombstone is never due"
 
 
+def test_next_due_of_what_fails_fast_looks_at_nothing_else(store: Store) -> None:
+    def next_due(*queues: str) -> dict[str, int]:
+        with store.read() as tx:
+            return tx.next_due(queues, fail_fast=True)
+
+    add(store, task(1), task(2, eta=NOW + 5, name="n", fail_fast=1), task(3, eta=NOW + DAY, fail_fast=1))
+    add(store, task(4, queue="other"))
+
+    assert next_due("default", "other", "nowhere") == {"default": NOW + 5}
+    [_, running] = claim(store, now=NOW + 5)
+    assert next_due("default") == {"default": NOW + 5 + LEASE}
+    settle(store, outcome(running, Action.DONE))
+    assert next_due("default") == {"default": NOW + DAY}, "a tombstone is never due"
+
+
 def test_find_takes_the_users_name_first_then_the_id(store: Store) -> None:
     add(store, task(7), task(8, name="7"), task(9, name="n"), task(10, queue="other", name="n"))
 
@@ -296,6 +311,20 @@ def test_stats_tell_the_last_minute(store: Store) -> None:
     assert seen(minute + MINUTE) == (6, 3)
     assert seen(minute + MINUTE + MINUTE // 2) == (4, 3), "half of the former minute lies within the last 60 seconds"
     assert seen(minute + 3 * MINUTE) == (0, 0)
+
+
+def test_stats_tell_what_is_in_flight(store: Store) -> None:
+    def in_flight(now: int = NOW) -> int:
+        return stats(store, now=now).in_flight
+
+    add(store, *(task(id) for id in range(5)), task(7, eta=NOW + 5), task(8, queue="other"))
+    claims = claim(store, spec(), spec("other"))
+    assert (in_flight(), stats(store, "other").in_flight) == (5, 1), "and not what is scheduled"
+
+    settle(store, outcome(claims[0], Action.DONE), outcome(claims[1], Action.RETRY, NOW + 9))
+    settle(store, outcome(claims[2], Action.RELEASE, NOW + 9), outcome(claims[3], Action.RENEW, NOW + 2 * LEASE))
+    assert in_flight() == 2
+    assert [in_flight(NOW + LEASE - 1), in_flight(NOW + LEASE), in_flight(NOW + 2 * LEASE)] == [2, 1, 0], "it ran out"
 
 
 def test_stats_of_queues_in_the_order_asked(store: Store) -> None:

@@ -183,7 +183,7 @@ def test_claim_takes_each_queue_by_its_own_spec(store: Store) -> None:
 
 
 def test_claim_carries_what_a_delivery_needs(store: Store) -> None:
-    given = task(1, name="n", tag="t", body=b"\x00\xff")
+    given = task(1, name="n", tag="t", body=b"\x00\xff", fail_fast=1)
     add(store, given)
 
     [taken] = claim(store)
@@ -260,6 +260,28 @@ def test_claim_by_tag_takes_only_that_tag(store: Store) -> None:
     assert ids(claim(store, spec("pull", tag="a", bytes=20))) == [0, 2]
     assert ids(claim(store, spec("pull", tag=""))) == [9]
     assert ids(claim(store, spec("pull"))) == [4, 5]
+
+
+def test_claim_to_fail_fast_takes_only_the_tasks_that_ask_for_it(store: Store) -> None:
+    add(store, *(task(id, eta=NOW - id, fail_fast=id % 2, body=b"x" * 10) for id in range(8)))
+    add(store, task(9, eta=NOW + 1, fail_fast=1), task(11, queue="other", fail_fast=1))
+
+    assert ids(claim(store, spec(fail_fast=True, limit=2))) == [7, 5]
+    assert ids(claim(store, spec(fail_fast=True, bytes=10))) == [3]
+    [last] = claim(store, spec(fail_fast=True))
+    assert (last.id, last.until, last.attempts, last.claims, last.first_try) == (1, NOW + LEASE, 1, NOW, NOW)
+    assert ids(claim(store)) == [6, 4, 2, 0], "and the others are still there for any claim"
+
+
+def test_claim_to_fail_fast_finds_what_was_retried_replayed_or_lost(store: Store) -> None:
+    add(store, *(task(id, name=f"n{id}", fail_fast=1) for id in range(4)))
+    fates = [Action.RETRY, Action.RELEASE, Action.DEAD]
+    settle(store, *(outcome(each, fates[each.id], NOW + 1) for each in claim(store) if each.id < 3))
+    store.run(lambda tx: tx.reschedule(NOW, "default", ["n2"], NOW + 1))
+
+    claims = claim(store, spec(fail_fast=True, now=NOW + LEASE), now=NOW + LEASE)
+
+    assert [(each.id, each.lost) for each in claims] == [(3, 1), (0, 0), (1, 0), (2, 0)]
 
 
 def test_claim_from_a_queue_with_a_rate_spends_its_tokens(store: Store) -> None:

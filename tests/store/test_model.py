@@ -116,6 +116,7 @@ class StoreMachine(RuleBasedStateMachine):
             body=b"x" * rng.choice([0, 1, 10, 100]),
             tag=rng.choice(["", "t"]),
             mode=rng.choice(["push"] * 12 + ["pull"]),
+            fail_fast=rng.choice([0, 0, 1]),
         )
 
     def _turn(self, rng: Random) -> None:
@@ -133,12 +134,13 @@ class StoreMachine(RuleBasedStateMachine):
         for outcome, held in zip(outcomes, settled, strict=True):
             self.saw[f"{outcome.action}{', named' if outcome.named else ''}{'' if held else ', refused'}"] += 1
         self.saw["lost"] += sum(each.lost > 0 for each in claims)
+        self.saw["claimed fast"] += sum(each.queue in {spec.queue for spec in specs if spec.fail_fast} for each in claims)
 
     def _spec(self, rng: Random) -> ClaimSpec:
         limit, budget = rng.choice([5, 5, 3, 1, 0]), rng.choice([10_000, 10_000, 110, 11, 1, 0])
-        lease, interval = rng.choice([30 * SECOND, SECOND, 1]), rng.choice([0, SECOND])
-        tag = rng.choice([None, None, None, "t"])
-        return spec(rng.choice(QUEUES), limit, now=self.now, bytes=budget, lease=lease, interval=interval, tag=tag)
+        lease, interval = rng.choice([30 * SECOND, SECOND, 1, 2 * DAY]), rng.choice([0, SECOND])
+        fields = rng.choice([{}, {}, {}, {"tag": "t"}, {"fail_fast": True}])
+        return spec(rng.choice(QUEUES), limit, now=self.now, bytes=budget, lease=lease, interval=interval, **fields)
 
     def _outcome(self, rng: Random) -> Outcome:
         current = [fence for fence in self.claims if self.model.holds(*fence)]
@@ -206,6 +208,7 @@ class StoreMachine(RuleBasedStateMachine):
             letters = {queue: _page(tx, queue, TaskState.DEAD) for queue in queues}
             stats = tx.stats(self.now, queues)
             due = tx.next_due(queues)
+            fast_due = tx.next_due(queues, fail_fast=True)
             tats = {row.name: row.tat for row in tx.queues()}
             some = FOR_PEOPLE[self.case % 4 :: 4]
             found = {queue: [[_whole(row) for row in tx.find(queue, [name])] for name in some] for queue in queues}
@@ -217,7 +220,9 @@ class StoreMachine(RuleBasedStateMachine):
             (queue, len(model.live(queue)), len(model.letters(queue))) for queue in queues
         ]
         assert due == {queue: entries[0].due for queue in queues if (entries := model.live(queue))}
+        assert fast_due == {queue: entries[0].due for queue in queues if (entries := model.fast(queue))}
         assert [each.oldest_due for each in stats] == [due.get(queue) for queue in queues]
+        assert [each.in_flight for each in stats] == [model.in_flight(self.now, queue) for queue in queues]
         assert tats == model.tat
         shown = {queue: [[_whole(entry) for entry in model.shown(queue, name)] for name in some] for queue in queues}
         assert found == shown
@@ -253,7 +258,7 @@ def test_store_is_like_the_model(name: str) -> None:
     print(f"{name}: {machine.steps} steps, {dict(sorted(saw.items()))}")
     assert machine.steps > STEPS // 4, "too few steps to mean anything"
     fates = [f"{action}{named}{refused}" for action in Action for named in ("", ", named") for refused in ("", ", refused")]
-    others = [*AddResult, *(f"delete, {result}" for result in DeleteResult), "lost", "reschedule", "replay"]
+    others = [*AddResult, *(f"delete, {result}" for result in DeleteResult), "lost", "claimed fast", "reschedule", "replay"]
     assert sum(saw[fate] for fate in fates if "refused" not in fate) > STEPS // 20, "too few settles to mean anything"
     if STEPS >= 20_000:  # in a short run chance may leave one out
         assert not {each for each in [*fates, *others] if saw[each] < STEPS // 2000}, "too few of these to mean anything"

@@ -21,6 +21,7 @@ ROWS = 20_000
 # What may be sorted or materialised, and why it is small.
 SORTS = {
     "claim": "the window over at most :limit rows, which the index gives in order",
+    "claim_fast": "the same",
     "claim_tag": "the same; before it, the due rows are looked at in order until :limit of them have the tag",
     "ids_by_name": "one name's task and its dead letters",
     "ids_by_id": "one id's",
@@ -55,6 +56,7 @@ def connection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apsw.Connec
                     name=f"n{id}" if id % 3 == 0 else None,
                     eta=eta,
                     tag=f"t{id % 9}",
+                    fail_fast=id % 2,
                 )
                 for id, eta in enumerate(etas)
             ],
@@ -93,6 +95,9 @@ def test_no_statement_walks_or_sorts_what_may_be_large(connection: apsw.Connecti
     [
         ("claim", "SEARCH tasks USING INDEX tasks_due (queue=? AND due<?)"),
         ("claim_tag", "SEARCH tasks USING INDEX tasks_due (queue=? AND due<?)"),
+        ("claim_fast", "SEARCH tasks USING INDEX tasks_fast (queue=? AND due<?)"),
+        ("next_due_fast", "SEARCH tasks USING COVERING INDEX tasks_fast (queue=? AND due>?)"),
+        ("in_flight", "SEARCH tasks USING INDEX tasks_due (queue=? AND due>? AND due<?)"),
         ("next_due", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),
         ("live_page", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),
         ("purge_page", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),
@@ -108,16 +113,23 @@ def test_statement_goes_by_its_index(connection: apsw.Connection, name: str, ste
     assert step in plan(connection, SQL[name])
 
 
-def test_claim_sorts_only_what_its_limit_lets_in(connection: apsw.Connection) -> None:
-    inner = re.search(r"select id, due, size.*?limit :limit", SQL["claim"], re.DOTALL)
+@pytest.mark.parametrize(("name", "index"), [("claim", "tasks_due"), ("claim_fast", "tasks_fast")])
+def test_claim_sorts_only_what_its_limit_lets_in(connection: apsw.Connection, name: str, index: str) -> None:
+    inner = re.search(r"select id, due, size.*?limit :limit", SQL[name], re.DOTALL)
     assert inner is not None
 
     steps = plan(connection, inner[0])
 
-    assert steps == ["SEARCH tasks USING INDEX tasks_due (queue=? AND due<?)"], "in order of the index, without a sort"
+    assert steps == [f"SEARCH tasks USING INDEX {index} (queue=? AND due<?)"], "in order of the index, without a sort"
 
 
-@pytest.mark.parametrize("name", ["claim", "next_due", "live_page", "purge_page", "dead_page", "sweep_tombstones"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("claim", "claim_fast", "next_due", "next_due_fast", "in_flight"),
+        *("live_page", "purge_page", "dead_page", "sweep_tombstones"),
+    ],
+)
 def test_work_doesnt_grow_with_the_queue(connection: apsw.Connection, name: str) -> None:
     """Counted in steps of SQLite's machine, not in time."""
     values = {"queue": "default", "limit": 10, "bytes": 10**9, "until": NOW, "after_due": 0, "after_id": 0}
@@ -136,7 +148,7 @@ def test_work_doesnt_grow_with_the_queue(connection: apsw.Connection, name: str)
         connection.set_progress_handler(None)
         connection.execute("rollback")
 
-    assert len(rows) == (1 if name == "next_due" else 10)
+    assert len(rows) == (1 if name in ("next_due", "next_due_fast", "in_flight") else 10)
     assert steps < 3000, "a few hundred for each row; one look at each of 20,000 tasks would take more"
 
 

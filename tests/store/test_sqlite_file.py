@@ -13,10 +13,13 @@ import apsw
 import pytest
 
 from deferlib import errors
-from deferlib.core.model import Action
+from deferlib.core.model import Action, QueueSource
+from deferlib.store import queries
 from deferlib.store.sqlite import SqliteStore
+from deferlib.store.sqlite_file import APPLICATION_ID
+from deferlib.store.sqlite_tx import SqliteTx
 from tests.store.children import child, run
-from tests.store.stores import NOW, add, claim, ids, live, open_store, outcome, settle, stats, task
+from tests.store.stores import NOW, QUEUES, add, claim, ids, live, open_store, outcome, settle, spec, stats, task
 
 
 def new_store(path: Path, busy_seconds: float = 2) -> SqliteStore:
@@ -220,6 +223,101 @@ def test_schema_with_a_newer_version_that_we_may_write_is_accepted(tmp_path: Pat
     altered("update meta set value = '99' where key = 'schema'; pragma user_version = 99")(path)
 
     assert ids(live(new_store(path))) == [1]
+
+
+# --- migrating ------------------------------------------------------------------------------------------------------
+
+
+def old(path: Path) -> SqliteTx:
+    """Make a store as deferlib with schema 1 made it; return the verbs of a process that still writes to it."""
+    connection = apsw.Connection(str(path))
+    connection.pragma("application_id", APPLICATION_ID)
+    connection.pragma("user_version", 1)
+    connection.execute(queries.migrations("sqlite")[1])
+    connection.pragma("journal_mode", "wal")
+    tx = SqliteTx(connection, str(path))
+    tx.put_queues(QUEUES, QueueSource.LIBRARY)
+    tx.add(NOW, [task(1, fail_fast=1), task(2)])
+    return tx
+
+
+def schema(path: Path) -> list[object]:
+    connection = apsw.Connection(str(path))
+    try:
+        objects = connection.execute("select name, sql from sqlite_master order by name").fetchall()
+        return [connection.pragma("user_version"), *objects, *connection.execute("select * from meta order by key")]
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_older_store_is_brought_to_the_schema_of_a_new_one_at_its_first_use(tmp_path: Path, reader: bool) -> None:
+    path = tmp_path / "tasks.db"
+    old(path)
+    store = new_store(path)
+
+    if reader:
+        live(store)
+    else:
+        store.migrate()
+
+    (tmp_path / "new").mkdir()
+    assert schema(path) == schema(made(tmp_path / "new"))
+    assert ids(live(store)) == [1, 2]
+    assert ids(claim(store, spec(fail_fast=True))) == [1]
+    store.close()
+
+
+def test_older_process_goes_on_beside_the_migrated_store(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.db"
+    older = old(path)
+    store = new_store(path)
+    store.migrate()
+
+    older.add(NOW, [task(3, fail_fast=1)])
+
+    assert ids(claim(store, spec(fail_fast=True))) == [1, 3]
+    store.close()
+
+
+def test_migration_that_fails_leaves_the_older_store_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tasks.db"
+    old(path)
+    before = schema(path)
+    broken = {**queries.migrations("sqlite"), 2: queries.migrations("sqlite")[2] + "; select nonsense"}
+    store = new_store(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(queries, "migrations", lambda dialect: broken)
+        with pytest.raises(errors.StoreError, match="nonsense"):
+            store.migrate()
+
+    assert schema(path) == before
+    store.migrate()
+    assert ids(live(store)) == [1, 2]
+    store.close()
+
+
+def test_two_processes_migrate_one_store_at_once(tmp_path: Path) -> None:
+    code = """
+        while path := hear():
+            store = SqliteStore(path)
+            add(store, task(int(sys.argv[1])))
+            store.close()
+            say("done")
+    """
+    with child(_dedent(code), 3) as one, child(_dedent(code), 4) as other:
+        for number in range(20):
+            path = tmp_path / f"{number}.db"
+            old(path)
+            one.tell(path)
+            other.tell(path)
+            assert (one.hear(), other.hear()) == ("done", "done")
+
+            store = new_store(path)
+            assert ids(live(store)) == [1, 2, 3, 4], number
+            store.close()
 
 
 # --- going away -----------------------------------------------------------------------------------------------------

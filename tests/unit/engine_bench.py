@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
-from deferlib.core.model import SECOND, Delivery, Kind, NewTask, QueueConfig, QueueSource, Result, TaskRow
+from deferlib.core.model import SECOND, Delivery, Kind, Micros, NewTask, QueueConfig, QueueSource, Result, TaskRow
 from deferlib.core.scheduler import Rules, Scheduler
 from deferlib.engine.engine import Engine
 from deferlib.engine.observer import Observer
@@ -79,6 +79,7 @@ class Store:
     def __init__(self, real: SqliteStore) -> None:
         self.real = real
         self.begun: list[bool] = []  # durable or not
+        self.looked = 0  # how often it was only read
         self.before_begin: Callable[[], None] = lambda: None
         self.before_commit: Callable[[], None] = lambda: None
         self.after_commit: Callable[[], None] = lambda: None
@@ -91,6 +92,12 @@ class Store:
             yield tx
             self.before_commit()
         self.after_commit()
+
+    @contextmanager
+    def read(self) -> Iterator[Any]:
+        self.looked += 1
+        with self.real.read() as tx:
+            yield tx
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -132,9 +139,10 @@ class Bench:
     def put(self, *configs: QueueConfig) -> None:
         self.store.real.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))
 
-    def add(self, *ids: int, queue: str = "default", name: str | None = None) -> None:
+    def add(self, *ids: int, queue: str = "default", name: str | None = None, fail_fast: int = 0, wait: Micros = 0) -> None:
+        eta, rest = self.now + wait, (0, fail_fast, b"", b"")
         tasks = [
-            NewTask(id, id, queue, name, "push", self.now, self.now, "POST", "/", "", "", "", "", "", 0, 0, b"", b"")
+            NewTask(id, id, queue, name, "push", eta, self.now, "POST", "/", "", "", "", "", "", *rest)
             for id in ids
         ]  # fmt: skip
         self.store.real.run(lambda tx: tx.add(self.now, tasks))

@@ -277,12 +277,12 @@ def test_other_methods_than_post_are_not_allowed() -> None:
 def test_body_is_read_in_pieces_and_bounded() -> None:
     assert send(APP, client(sealed(note), pieces=9)).status == 200
 
-    announced = client(sealed(note), headers=[(b"content-length", str(inbound.MAX_BODY + 1).encode())])
+    announced = client(sealed(note), headers=[(b"content-length", str(inbound.max_body() + 1).encode())])
     assert send(APP, announced).status == 403
     assert announced.parts
 
     endless = client(sealed(note))
-    endless.parts = [b"x" * (inbound.MAX_BODY // 2)] * 5
+    endless.parts = [b"x" * (inbound.max_body() // 2)] * 5
     assert send(APP, endless).status == 403
     assert len(endless.parts) == 2
 
@@ -504,3 +504,35 @@ def test_asgi_apps_are_known(app: object) -> None:
 )
 def test_wsgi_apps_are_known(app: object) -> None:
     assert not is_asgi(app)
+
+
+# --- the queue's default URL ------------------------------------------------------------------------------------------
+
+AT_QUEUE = "/_ah/queue/mail"
+
+
+async def not_found(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 404, "headers": [(b"x-view", b"1")]})
+    await send({"type": "http.response.body", "body": b"no such page"})
+
+
+async def found(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+    CALLS.append("found")
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_call_at_its_queues_url_runs_if_the_app_has_no_view_there() -> None:
+    answer = send(Middleware(not_found), client(sealed(note, url=AT_QUEUE), AT_QUEUE))
+
+    assert (answer.status, answer.body, len(CALLS)) == (200, "Success", 1)
+    send(Middleware(found), client(sealed(note, url=AT_QUEUE), AT_QUEUE))
+    assert CALLS[1:] == ["found"]
+
+
+@pytest.mark.parametrize(("body", "url"), [(b"no call", AT_QUEUE), (None, "/_ah/queue/other")])
+def test_any_other_request_that_is_not_found_stays_so(body: bytes | None, url: str) -> None:
+    answer = send(Middleware(not_found), client(sealed(note, url=url) if body is None else body, url))
+
+    assert (answer.status, answer.body, answer.headers, CALLS) == (404, "no such page", {"x-view": "1"}, [])

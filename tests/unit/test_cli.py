@@ -285,7 +285,7 @@ def some(store: config.Runtime) -> None:
     finish("default")
     deferlib.defer(call, 1, _name="ready")
     deferlib.defer(call, 2, _name="later", _countdown=3600)
-    taskqueue.add("body", queue_name="mail", name="web", url="/hook?id=1", countdown=60)
+    taskqueue.add("body", queue_name="mail", name="web", url="/hook?id=1", method="PUT", countdown=60)
     taskqueue.add("body", queue_name="pulled", name="pull", method="PULL", tag="t")
 
 
@@ -325,7 +325,7 @@ def test_table_has_state_time_tries_and_call(cli: Cli) -> None:
     assert lines[1].split()[:4] == ["ready", "default", "ready", "now"]
     assert lines[1].endswith("test_cli.call(1)")
     assert re.match(r"running +mail +leased +in \d+ s +1 ", lines[3])
-    assert re.match(r"web +mail +scheduled +in \d+ s +0 +POST /hook\?id=1", lines[4])
+    assert re.match(r"web +mail +scheduled +in \d+ s +0 +PUT /hook\?id=1", lines[4])
     assert re.match(r"later +default +scheduled +in \d+ m ", lines[5])
 
 

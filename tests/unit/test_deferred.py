@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import operator
 import re
 import subprocess
@@ -225,13 +226,23 @@ def test_eta_and_defaults_reach_the_task() -> None:
     assert task.name == str(row.id)
 
 
-@pytest.mark.parametrize("url", [None, deferred.DEFAULT_URL])
-def test_no_url_is_the_handlers(url: str | None) -> None:
-    assert deferlib.defer(note, _url=url).url == deferred.DEFAULT_URL
+@pytest.mark.parametrize("url", [None, ""])
+def test_url_of_none_is_the_queues_default(url: str | None) -> None:
+    assert deferlib.defer(note).url == deferred.DEFAULT_URL
+    assert deferlib.defer(note, _url=url, _queue="mail").on_queue_url
+    assert stored("mail")[-1].url == "/_ah/queue/mail"
 
 
 def test_content_type_of_the_caller_counts() -> None:
-    assert deferlib.defer(note, _headers={"content-type": "a/b"}).headers == {"content-type": "a/b"}
+    assert deferlib.defer(note, _headers={"content-type": "a/b"}).headers["Content-Type"] == "a/b"
+    assert deferlib.defer(note, _headers={"X": "y"}).headers["Content-Type"] == "application/octet-stream"
+    assert deferlib.defer(note, _headers=None).headers["Content-Type"] == "application/octet-stream"
+
+
+@pytest.mark.parametrize("deadline", [math.nan, math.inf, 0, -1, 1e300])
+def test_deadline_that_is_none_is_refused(deadline: float) -> None:
+    with pytest.raises(deferlib.taskqueue.InvalidDispatchDeadlineError):
+        deferlib.using(deadline=deadline).defer(note)
 
 
 def test_using_can_be_kept_and_used_again() -> None:

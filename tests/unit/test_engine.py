@@ -14,6 +14,7 @@ from deferlib.core.model import (
     Action,
     Claim,
     ClaimSpec,
+    Delivery,
     Kind,
     Micros,
     Outcome,
@@ -22,6 +23,9 @@ from deferlib.core.model import (
     Result,
     RetryPolicy,
 )
+from deferlib.core.queue_state import FAST_PAUSE
+from deferlib.core.scheduler import FAST_CLAIM
+from deferlib.core.verdict import NO_SLOT
 from deferlib.errors import EnqueueUnknownError, StoreBusyError, StoreFullError
 from deferlib.store.sqlite_tx import SqliteTx
 from tests.unit.engine_bench import LEASE, Bench, Carrier
@@ -315,6 +319,190 @@ def test_engine_that_overslept_does_not_renew_under_the_new_owner(bench: Bench, 
     assert [taken.claim.id for taken in other.sent] == [2]
     assert bench.carrier.sent == []
     assert bench.carrier.cancelled == [delivery.claim[:2]]
+
+
+# --- tasks that don't wait for a slot -------------------------------------------------------------------------------
+
+
+def fill(bench: Bench, slots: int = 1) -> list[Delivery]:
+    """Let the transport be full."""
+    bench.carrier.slots = slots
+    sent = bench.deliver(*range(1_000, 1_000 + slots))
+    assert len(sent) == slots
+    bench.store.begun.clear()
+    bench.clock.move_to(bench.now + FAST_PAUSE)
+    return sent
+
+
+def waiting(bench: Bench, *ids: int, queue: str = "default") -> list[tuple[str, int, int, int]]:
+    """Return what became of tasks that are still there."""
+    rows = [row for id in ids if (row := bench.row(id, queue))]
+    return [(row.reason, row.eta - bench.now, row.attempts, row.failures + row.executions) for row in rows]
+
+
+def test_task_that_asks_to_fail_fast_fails_at_once_where_no_slot_is_free(bench: Bench) -> None:
+    sent = fill(bench)
+    bench.add(1, 2, fail_fast=1)
+    bench.add(3)
+
+    until = bench.engine.turn()
+
+    assert waiting(bench, 1, 2, 3) == [*[(NO_SLOT, SECOND // 10, 1, 0)] * 2, ("", 0, 0, 0)]
+    assert bench.store.begun == [False], "claimed and settled in one transaction, which needs no sync"
+    assert bench.carrier.sent == sent
+    assert until == bench.now + SECOND // 10
+    bench.clock.move_to(until)
+    assert bench.engine.turn() == bench.now + SECOND // 5
+    assert waiting(bench, 1) == [(NO_SLOT, SECOND // 5, 2, 0)]
+
+
+def test_task_that_asks_to_fail_fast_runs_where_a_slot_is_free(bench: Bench) -> None:
+    [first] = fill(bench)
+    bench.add(1, fail_fast=1)
+    bench.clock.move_to(bench.engine.turn())
+
+    bench.carrier.answer(first)
+    bench.engine.turn()
+
+    assert [(delivery.claim.id, delivery.claim.attempts) for delivery in bench.carrier.sent] == [(1, 2)]
+    assert bench.carrier.sent[0].claim.reason == NO_SLOT
+
+
+def test_fail_fast_task_that_comes_due_in_a_full_queue_is_failed_without_any_hint(bench: Bench) -> None:
+    fill(bench)
+    bench.add(1, fail_fast=1, wait=SECOND // 2)
+
+    until = bench.engine.turn()
+
+    assert until == bench.now + SECOND // 2
+    assert bench.store.begun == []
+    bench.clock.move_to(until)
+    bench.engine.turn()
+    assert waiting(bench, 1) == [(NO_SLOT, SECOND // 10, 1, 0)]
+
+
+def test_fail_fast_tasks_left_over_by_the_turn_that_fills_the_slots_fail_in_the_next_one(bench: Bench) -> None:
+    bench.carrier.slots = 1
+    bench.add(1, 2, fail_fast=1)
+
+    again = [bench.engine.turn() for _ in range(3)]
+
+    assert again == [bench.now, bench.now + SECOND // 10, bench.now + SECOND // 10]
+    assert [delivery.claim.id for delivery in bench.carrier.sent] == [1]
+    assert waiting(bench, 2) == [(NO_SLOT, SECOND // 10, 1, 0)]
+
+
+def test_more_fail_fast_tasks_than_a_turn_takes_fail_in_the_next_ones(bench: Bench) -> None:
+    fill(bench)
+    bench.add(*range(1, 2 * FAST_CLAIM + 2), fail_fast=1)
+
+    again = [bench.engine.turn() for _ in range(3)]
+
+    assert again == [bench.now, bench.now, bench.now + SECOND // 10]
+    assert waiting(bench, 1, 2 * FAST_CLAIM + 1) == [(NO_SLOT, SECOND // 10, 1, 0)] * 2
+
+
+def test_queue_at_its_concurrency_limit_fails_them_too_as_its_owner_alone(bench: Bench) -> None:
+    bench.put(QueueConfig(name="narrow", max_concurrent=1))
+    bench.deliver(1, queue="narrow")
+    other = Carrier(bench.clock)
+    other.slots = 0
+    successor = bench.boot("other", other)
+    bench.clock.move_to(bench.now + FAST_PAUSE)
+    bench.add(2, queue="narrow", fail_fast=1)
+
+    successor.turn()
+    assert waiting(bench, 2, queue="narrow") == [("", 0, 0, 0)]
+
+    bench.engine.turn()
+    assert waiting(bench, 2, queue="narrow") == [(NO_SLOT, SECOND // 10, 1, 0)]
+
+
+def test_fail_fast_tasks_of_a_paused_queue_or_one_without_tokens_wait(bench: Bench) -> None:
+    bench.put(QueueConfig(name="paused"), QueueConfig(name="metered", rate=0.1, bucket_size=1))
+    bench.store.real.run(lambda tx: tx.pause(["paused"], True))
+    bench.deliver(1, queue="metered")
+    bench.carrier.slots = 1
+    for queue in ("paused", "metered"):
+        bench.add(2 if queue == "paused" else 3, queue=queue, fail_fast=1)
+
+    bench.engine.turn()
+
+    assert waiting(bench, 2, queue="paused") == waiting(bench, 3, queue="metered") == [("", 0, 0, 0)]
+
+
+def test_failing_fast_spends_no_tokens(bench: Bench) -> None:
+    bench.put(QueueConfig(name="metered", rate=1.0, bucket_size=3))
+    bench.carrier.slots = 0
+    bench.add(*range(1, 9), queue="metered", fail_fast=1)
+    bench.engine.turn()
+    assert len(waiting(bench, *range(1, 9), queue="metered")) == 8
+
+    bench.carrier.slots = 9
+    bench.clock.advance(0.1)
+    bench.engine.turn()
+
+    assert len(bench.carrier.sent) == 3
+
+
+@pytest.mark.parametrize("moment", ["before_begin", "before_commit"])
+def test_failing_fast_is_repeated_after_a_transaction_that_failed(bench: Bench, moment: str) -> None:
+    fill(bench)
+    bench.add(1, fail_fast=1)
+    setattr(bench.store, moment, fail(StoreBusyError))
+    with pytest.raises(StoreBusyError):
+        bench.engine.turn()
+    assert waiting(bench, 1) == [("", 0, 0, 0)]
+
+    setattr(bench.store, moment, lambda: None)
+    bench.engine.turn()
+
+    assert waiting(bench, 1) == [(NO_SLOT, SECOND // 10, 1, 0)]
+
+
+def test_full_engine_looks_for_fail_fast_tasks_once_after_each_hint_and_opens_no_transaction(bench: Bench) -> None:
+    fill(bench)
+    bench.add(1)
+    bench.engine.turn()
+    looked = bench.store.looked
+
+    until = [bench.engine.turn() for _ in range(3)]
+    assert (bench.store.looked - looked, bench.store.begun) == (0, [])
+    assert min(until) > bench.now + SECOND // 2, "the next look at the queues"
+
+    bench.clock.move_to(bench.now + FAST_PAUSE)
+    for _ in range(5):
+        bench.engine.wake()
+        until = [bench.engine.turn()]
+    assert (bench.store.looked - looked, bench.store.begun) == (1, [])
+    assert until == [bench.now + FAST_PAUSE], "hints one upon the other wait a moment"
+    bench.clock.move_to(*until)
+    bench.engine.turn()
+    assert (bench.store.looked - looked, bench.store.begun) == (2, [])
+
+
+def test_saturated_engine_takes_no_turn_of_its_own_to_look_for_fail_fast_tasks(bench: Bench) -> None:
+    bench.carrier.slots = 2
+    bench.add(*range(1, 9))
+
+    for _ in range(3):
+        bench.clock.move_to(bench.now + FAST_PAUSE)
+        bench.engine.wake()
+        assert bench.engine.turn() > bench.now + SECOND // 2, "looked up in the transaction that filled the slots"
+        for delivery in list(bench.carrier.sent):
+            bench.carrier.answer(delivery)
+
+    assert len(bench.store.begun) == 3
+    assert bench.store.looked == 1, "the queues' rows"
+
+
+def test_observer_is_told_of_what_fails_fast(bench: Bench, notebook: Notebook) -> None:
+    fill(bench)
+    bench.add(1, fail_fast=1)
+
+    bench.engine.turn()
+
+    assert notebook.told == [Ended(1, 1, None, Action.RETRY)]
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -271,7 +272,7 @@ def test_post_of_a_view_tells_what_is_allowed_too() -> None:
 
 def test_body_beyond_any_tasks_is_refused_unread() -> None:
     environ = environ_of(sealed(note))
-    environ["CONTENT_LENGTH"] = str(inbound.MAX_BODY + 1)
+    environ["CONTENT_LENGTH"] = str(inbound.max_body() + 1)
 
     answer = call(deferlib.handler, environ)
 
@@ -464,7 +465,86 @@ def test_quiet_failure_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
 
     run(fail, deferlib.SingularTaskFailure())
 
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name == "deferlib.handler"]
+
+
+def test_headers_are_logged_at_the_level_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
+    logger = "deferlib.handler.headers"
+    caplog.set_level(logging.DEBUG, logger=logger)
+    run(note, 1)
+    deferred.set_log_level(logging.DEBUG)
+    try:
+        run(note, 2)
+        caplog.set_level(logging.INFO, logger=logger)
+        run(note, 3)
+    finally:
+        deferred.set_log_level(logging.INFO)
+
+    found = [record for record in caplog.records if record.name == logger]
+    assert [record.levelname for record in found] == ["INFO", "DEBUG"]
+    assert found[0].message == ", ".join(f"{name}:{value}" for name, value in TRUE_HEADERS.items())
+    with pytest.raises(ValueError, match="LOUD"):
+        deferred.set_log_level("LOUD")  # type: ignore[arg-type]  # what is tested
+
+
+# --- a handler of one's own -------------------------------------------------------------------------------------------
+
+
+class Own(deferred.Handler):
+    def run_from_request(self, environ: dict[str, Any]) -> deferred.Response:
+        CALLS.append("before")
+        try:
+            body, status, headers = super().run_from_request(environ)
+        finally:
+            CALLS.append("after")
+        return body.upper(), status, [*headers, ("X-Own", "1")]
+
+
+class Silent(deferred.Handler):
+    def run_from_request(self, environ: dict[str, Any]) -> Any:
+        super().run_from_request(environ)
+
+
+class Refusing(deferred.Handler):
+    def run_from_request(self, environ: dict[str, Any]) -> deferred.Response:
+        return "not now", HTTPStatus.SERVICE_UNAVAILABLE, []
+
+
+def test_handler_of_ones_own_does_something_around_every_call() -> None:
+    body = sealed(note, 1)
+    CALLS.clear()
+
+    text, status, headers = Own().post(environ_of(body))
+
+    assert (text, status, dict(headers)["X-Deferlib-Outcome"], dict(headers)["X-Own"]) == ("SUCCESS", 200, "ok", "1")
+    assert CALLS == ["before", 1, "after"]
+    text, status, headers = Own().post(environ_of(sealed(fail, ValueError("no"))))
+    assert (text, status, dict(headers)["X-Deferlib-Outcome"]) == ("ValueError: no", 500, "retry")
+    assert CALLS[3:] == ["before", "after"]
+
+
+def test_handler_of_ones_own_has_the_last_word() -> None:
+    assert Silent().post(environ_of(sealed(note)))[:2] == ("Success", HTTPStatus.OK)
+    answer = call(Refusing(), environ_of(sealed(note)))
+    assert (answer.status, answer.body, CALLS) == (503, "not now", ["ran"])
+
+
+def test_view_may_run_the_call_itself_and_see_what_it_raises() -> None:
+    environ = environ_of(sealed(fail, ValueError("of the call")))
+
+    with pytest.raises(ValueError, match="of the call"):
+        deferred.Handler().run_from_request(environ)
+    unsigned = {**environ_of(sealed(note)), "HTTP_X_DEFERLIB_SIGNATURE": ""}
+    assert deferred.Handler().run_from_request(unsigned)[1] == HTTPStatus.FORBIDDEN
+    assert deferred.Handler().run_from_request(environ_of(sealed(note)))[:2] == ("Success", HTTPStatus.OK)
+    with pytest.raises(deferlib.errors.PayloadError):
+        deferred.Handler().run_from_request(environ_of(b"no payload"))
+    with pytest.raises(deferlib.PermanentTaskFailure):  # as on App Engine
+        deferred.run(b"no payload")
+
+
+def test_member_is_invoked_by_its_name() -> None:
+    assert deferred.invoke_member("a,b", "split", ",") == ["a", "b"]
 
 
 # --- the middleware -------------------------------------------------------------------------------------------------
@@ -504,6 +584,52 @@ def test_middleware_without_the_handler_passes_its_url_on() -> None:
 
     assert call(app, environ_of(b"x")).body == "x"
     assert SEEN[0]["task"].queue == "mail"
+
+
+AT_QUEUE = "/_ah/queue/mail"
+
+
+def not_found(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    environ["wsgi.input"].read()
+    start_response("404 Not Found", [("X-View", "1")])
+    return [b"no such page"]
+
+
+def test_call_at_its_queues_url_runs_if_the_app_has_no_view_there() -> None:
+    app, of = wrap_wsgi_app(not_found), task(AT_QUEUE)
+
+    assert call(app, environ_of(sealed(note, "hi", of=of), of)).outcome == "ok"
+    assert CALLS == ["hi"]
+    started: list[str] = []
+    wrap_wsgi_app(view)(environ_of(sealed(note, of=of), of), lambda status, headers: started.append(status))
+    assert (started, len(SEEN), CALLS) == (["200 OK"], 1, ["hi"])
+
+
+@pytest.mark.parametrize(
+    ("body", "url", "mounted"),
+    [
+        (b"no call", AT_QUEUE, True),
+        (None, "/_ah/queue/other", True),
+        (None, f"{AT_QUEUE}/x", True),
+        (None, AT_QUEUE, False),
+    ],
+)
+def test_any_other_request_that_is_not_found_stays_so(body: bytes | None, url: str, mounted: bool) -> None:
+    of = task(url)
+    body = sealed(note, of=of) if body is None else body
+
+    answer = call(wrap_wsgi_app(not_found, use_deferred=mounted), environ_of(body, of))
+
+    assert (answer.status, answer.body, answer.headers["X-View"], CALLS) == (404, "no such page", "1", [])
+
+
+def test_unsigned_request_to_a_queues_url_runs_nothing() -> None:
+    of = task(AT_QUEUE)
+    environ = environ_of(sealed(note, of=of), of)
+    del environ["HTTP_X_DEFERLIB_SIGNATURE"]
+
+    assert call(wrap_wsgi_app(not_found), environ).status == 404
+    assert CALLS == []
 
 
 SPELLINGS = [

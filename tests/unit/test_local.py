@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -307,7 +308,7 @@ def test_close_lets_the_threads_go_and_may_be_repeated(make: Make) -> None:
     transport = make(threads=3)
     names = {thread.name for thread in threading.enumerate()}
     assert {"deferlib-0", "deferlib-1", "deferlib-2"} <= names
-    mine = [thread for thread in threading.enumerate() if thread.name.startswith("deferlib-")]
+    mine = [thread for thread in threading.enumerate() if re.fullmatch(r"deferlib-\d+", thread.name)]
 
     transport.close()
     transport.close()

@@ -465,7 +465,7 @@ def test_length_has_two_or_three_digits(micros: Micros, text: str) -> None:
         (Action.RETRY, Kind.TIMEOUT, "timeout", logging.WARNING, "took longer than its deadline: retry in 1 s"),
         (Action.RETRY, Kind.UNREACHABLE, "refused", logging.WARNING, "could not be delivered: refused; retry in 1 s"),
         (Action.RETRY, Kind.INTERRUPTED, "reset", logging.INFO, "was cut off by the reload: runs again at once"),
-        (Action.RETRY, None, "", logging.INFO, f"retry at {NOW + SECOND}"),
+        (Action.RETRY, None, "no free slot", logging.WARNING, "was not started: no free slot; retry in 1 s"),
         (Action.RENEW, None, "", logging.INFO, f"renew at {NOW + SECOND}"),
     ],
 )

@@ -26,7 +26,17 @@ from deferlib.core.model import (
     Result,
     RetryPolicy,
 )
-from deferlib.core.scheduler import CLAIM_BYTES, ISOLATION_DELAY, NEVER, UNRESOLVED_DELAY, Rules, Scheduler
+from deferlib.core.queue_state import FAST_PAUSE
+from deferlib.core.scheduler import (
+    CLAIM_BYTES,
+    FAST_CLAIM,
+    ISOLATION_DELAY,
+    NEVER,
+    UNRESOLVED_DELAY,
+    Rules,
+    Scheduler,
+)
+from deferlib.core.verdict import NO_SLOT
 
 NOW = 1_000 * SECOND
 LEASE = 30 * SECOND
@@ -66,7 +76,7 @@ def commit(
     peeked = scheduler.peeks(specs)
     wanted = scheduler.limited(now, peeked, dict.fromkeys(peeked, now))
     owned = {name: Limiter(0, now + LEASE) for name in wanted}
-    assert not scheduler.refusals(now, claims)
+    assert not scheduler.refusals(now, specs, claims)
     return scheduler.claimed(now, scheduler.admit(now, specs, owned), claims, due or {}, owned, wanted)
 
 
@@ -334,7 +344,7 @@ def test_empty_queue_is_looked_at_again_after_a_hint() -> None:
 
     assert scheduler.wake_at(NOW, room(5)) == NEVER
 
-    scheduler.woken()
+    scheduler.woken(NOW)
     assert scheduler.wake_at(NOW, room(5)) <= NOW
 
 
@@ -351,7 +361,203 @@ def test_queue_is_looked_at_when_its_own_retry_is_due(action: Action, accepted: 
 
 
 def test_busy_target_is_waited_for() -> None:
-    assert make().wake_at(NOW, room(0)) == NEVER
+    scheduler = make()
+    scheduler.looked_fast(NOW, ["default"], {})
+
+    assert scheduler.wake_at(NOW, room(0)) == NEVER
+
+
+# --- what doesn't wait for a slot -----------------------------------------------------------------------------------
+
+
+def crowded(**fields: Any) -> Scheduler:
+    """Return a scheduler whose only queue is at its concurrency limit."""
+    scheduler = make(QueueConfig(name="default", max_concurrent=1, **fields))
+    commit(scheduler, claim(), due={"default": NOW})
+    return scheduler
+
+
+def test_queue_without_a_slot_is_full_and_others_are_not() -> None:
+    scheduler = make(
+        QueueConfig(name="narrow", max_concurrent=1),
+        QueueConfig(name="wide", max_concurrent=2),
+        QueueConfig(name="elsewhere", target="worker"),
+    )
+    commit(scheduler, claim(1, queue="narrow"), claim(2, queue="wide"))
+    scheduler.woken(NOW)
+
+    assert scheduler.full(NOW, room(5)) == ["narrow"]
+    assert scheduler.full(NOW, lambda base: 0 if base == BASE else 5) == ["narrow", "wide"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        QueueRow(config=QueueConfig(name="default"), paused=True),
+        QueueRow(config=QueueConfig(name="default", rate=0.0)),
+        QueueRow(config=QueueConfig(name="default", mode=Mode.PULL)),
+    ],
+)
+def test_closed_queue_is_not_called_full(row: QueueRow) -> None:
+    scheduler = make()
+    scheduler.configure([row])
+
+    assert scheduler.full(NOW, room(0)) == []
+    assert scheduler.wake_at(NOW, room(0)) == NEVER
+
+
+def test_full_queue_that_waits_for_a_token_too_is_left_alone_until_it_comes() -> None:
+    scheduler = crowded(rate=2.0, bucket_size=1)
+
+    assert scheduler.full(NOW, room(5)) == []
+    assert scheduler.wake_at(NOW, room(5)) == NOW + SECOND // 2
+    assert scheduler.full(NOW + SECOND // 2, room(5)) == ["default"]
+
+
+def test_full_queue_of_another_owner_is_left_alone() -> None:
+    scheduler = make(QueueConfig(name="default", rate=1.0))
+    scheduler.claimed(NOW, [], [], {}, {}, ["default"])
+
+    assert scheduler.full(NOW, room(0)) == []
+    assert NOW < scheduler.wake_at(NOW, room(0)) < NOW + LEASE
+
+
+def test_draining_scheduler_fails_nothing_fast() -> None:
+    scheduler = make()
+    scheduler.drain()
+
+    assert scheduler.full(NOW, room(0)) == []
+
+
+def test_full_queue_is_looked_at_when_a_fail_fast_task_is_due_and_after_a_hint() -> None:
+    scheduler = crowded()
+    assert scheduler.full(NOW, room(5)) == ["default"]
+    assert scheduler.wake_at(NOW, room(5)) <= NOW, "nobody has looked yet"
+
+    scheduler.looked_fast(NOW, ["default"], {"default": NOW + 7})
+
+    assert scheduler.fast_specs(NOW, ["default"]) == []
+    assert scheduler.full(NOW, room(5)) == []
+    assert scheduler.wake_at(NOW, room(5)) == NOW + 7
+    assert scheduler.full(NOW + 7, room(5)) == ["default"]
+    scheduler.looked_fast(NOW, ["default"], {})
+    assert scheduler.full(NOW + 7, room(5)) == []
+    assert scheduler.wake_at(NOW, room(5)) == NOW + LEASE // 3, "for the renewal alone"
+    scheduler.woken(NOW + FAST_PAUSE)
+    assert scheduler.full(NOW + FAST_PAUSE, room(5)) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("passed", "until"), [(0, FAST_PAUSE), (FAST_PAUSE - 1, FAST_PAUSE), (FAST_PAUSE, 0), (-SECOND, 0)]
+)
+def test_hints_one_upon_the_other_let_a_full_queue_be_looked_at_only_now_and_then(passed: int, until: int) -> None:
+    scheduler = crowded()
+    scheduler.looked_fast(NOW, ["default"], {})
+    at = NOW + passed
+
+    scheduler.woken(at)
+
+    if until:
+        assert scheduler.full(NOW + until - 1, room(5)) == []
+        assert scheduler.wake_at(at, room(5)) == NOW + until
+    assert scheduler.full(max(at, NOW + until), room(5)) == ["default"]
+
+
+def test_hint_puts_no_fail_fast_task_off_that_is_known() -> None:
+    scheduler = crowded()
+    scheduler.looked_fast(NOW, ["default"], {"default": NOW + 7})
+
+    scheduler.woken(NOW + 1)
+
+    assert scheduler.wake_at(NOW + 1, room(5)) == NOW + 7
+
+
+@pytest.mark.parametrize("action", [Action.RETRY, Action.RELEASE])
+def test_full_queue_is_looked_at_when_its_own_retry_is_due(action: Action) -> None:
+    scheduler = crowded()
+    scheduler.looked_fast(NOW, ["default"], {})
+
+    scheduler.settled(NOW, [Outcome(9, NOW, "default", action, NOW + 5)], [True])
+
+    assert scheduler.full(NOW + 4, room(5)) == []
+    assert scheduler.full(NOW + 5, room(5)) == ["default"]
+
+
+def test_full_queue_where_nothing_is_due_at_all_is_not_looked_at() -> None:
+    scheduler = make(QueueConfig(name="default", max_concurrent=1))
+    commit(scheduler, claim())
+    scheduler.looked(NOW, ["default"], {"default": NOW + 9})
+
+    assert scheduler.full(NOW, room(5)) == []
+    assert scheduler.full(NOW + 9, room(5)) == ["default"]
+
+
+def test_full_and_fast_specs_change_no_state() -> None:
+    scheduler = crowded()
+
+    again = [(scheduler.full(NOW, room(5)), scheduler.fast_specs(NOW, ["default"])) for _ in range(3)]
+
+    assert again[0] == again[1] == again[2] == (["default"], scheduler.fast_specs(NOW, ["default"]))
+
+
+def test_what_fails_fast_spends_no_token_and_needs_one_to_be_there() -> None:
+    scheduler = make(QueueConfig(name="default", rate=1.0, bucket_size=5))
+    specs = scheduler.fast_specs(NOW, scheduler.full(NOW, room(0)))
+    left = Limiter(bucket.spent(0, SECOND, 4, NOW), NOW + LEASE)
+    none_left = Limiter(bucket.spent(0, SECOND, 5, NOW), NOW + LEASE)
+
+    assert specs == [ClaimSpec("default", FAST_CLAIM, CLAIM_BYTES, NOW + LEASE, 0, None, True)]
+    assert scheduler.peeks(specs) == ["default"]
+    assert scheduler.admit(NOW, specs, {"default": left}) == specs
+    assert scheduler.admit(NOW, specs, {"default": none_left}) == []
+    assert scheduler.admit(NOW, specs, {}) == []
+    taken = [claim(id, fail_fast=1) for id in range(4)]
+    refused = scheduler.refusals(NOW, specs, taken)
+    assert scheduler.claimed(NOW, specs, taken, {}, {"default": left}, ["default"], refused) == []
+    assert asked(scheduler.plan(NOW, room(9))) == {"default": 1}
+
+
+def test_what_doesnt_wait_for_a_slot_is_tried_again_after_its_backoff_and_uncharged() -> None:
+    scheduler = crowded()
+    specs = scheduler.fast_specs(NOW, ["default"])
+
+    [outcome] = scheduler.refusals(NOW, specs, [claim(2, attempts=2, fail_fast=1, name="x")])
+
+    assert outcome[:8] == (2, NOW, "default", Action.RETRY, NOW + SECOND // 5, False, 0, 0)
+    assert outcome.reason == NO_SLOT
+    assert scheduler.in_flight == 1, "it isn't sent"
+
+
+def test_what_doesnt_wait_for_a_slot_and_is_past_its_limits_is_given_up() -> None:
+    scheduler = crowded(retry=RetryPolicy(retry_limit=1))
+    specs = scheduler.fast_specs(NOW, ["default"])
+
+    [outcome] = scheduler.refusals(NOW, specs, [claim(2, failures=2, fail_fast=1)])
+
+    assert outcome.action is Action.DEAD
+
+
+def test_task_that_asks_to_fail_fast_runs_like_any_other_where_a_slot_is_free() -> None:
+    [delivery] = commit(make(), claim(fail_fast=1))
+
+    assert delivery.claim.fail_fast
+
+
+def test_queue_that_gave_all_that_was_asked_is_looked_at_for_fail_fast_tasks_in_the_same_transaction() -> None:
+    scheduler = make(QueueConfig(name="a"), QueueConfig(name="b"), QueueConfig(name="c"))
+    specs = scheduler.plan(NOW, room(6))
+    claims = [claim(1, queue="a"), claim(2, queue="a"), claim(3, queue="b"), claim(4, queue="c"), claim(5, queue="c")]
+    assert scheduler.filled(NOW, specs, claims) == ["a", "c"]
+
+    scheduler.looked_fast(NOW, ["a"], {"a": NOW + 1})
+
+    assert scheduler.filled(NOW, specs, claims) == ["c"], "what is known isn't looked up again"
+    fast = scheduler.fast_specs(NOW, ["b"])
+    assert scheduler.filled(NOW, fast, []) == ["b"]
+    assert scheduler.drained(fast, []) == [], "what else is due there isn't known by it"
+    before = scheduler.wake_at(NOW, room(1))
+    scheduler.claimed(NOW, fast, [], {}, {}, [])
+    assert scheduler.wake_at(NOW, room(1)) == before
 
 
 # --- claims that may not be sent ------------------------------------------------------------------------------------
@@ -359,7 +565,7 @@ def test_busy_target_is_waited_for() -> None:
 
 def refuse(scheduler: Scheduler, *claims: Claim) -> list[Outcome]:
     specs = scheduler.plan(NOW, room(10))
-    refused = scheduler.refusals(NOW, claims)
+    refused = scheduler.refusals(NOW, specs, claims)
     assert not scheduler.claimed(NOW, specs, claims, {}, {}, [], refused)
     return refused
 
@@ -383,7 +589,7 @@ def test_suspects_run_one_at_a_time() -> None:
     specs = scheduler.plan(NOW, room(10))
     first, second, innocent = claim(1, lost=2), claim(2, lost=2), claim(3, lost=1)
 
-    refused = scheduler.refusals(NOW, [first, second, innocent])
+    refused = scheduler.refusals(NOW, specs, [first, second, innocent])
     deliveries = scheduler.claimed(NOW, specs, [first, second, innocent], {}, {}, [], refused)
 
     assert [delivery.claim.id for delivery in deliveries] == [1, 3]
@@ -391,7 +597,7 @@ def test_suspects_run_one_at_a_time() -> None:
         (2, Action.RELEASE, NOW + ISOLATION_DELAY)
     ]  # fmt: skip
     scheduler.finished(NOW, result(first))
-    assert not scheduler.refusals(NOW, [second])
+    assert not scheduler.refusals(NOW, specs, [second])
     assert scheduler.claimed(NOW, specs, [second], {}, {}, [])
 
 

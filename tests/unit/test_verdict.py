@@ -20,7 +20,7 @@ from deferlib.core.model import (
     Result,
     RetryPolicy,
 )
-from deferlib.core.verdict import verdict
+from deferlib.core.verdict import NO_SLOT, failed_fast, verdict
 
 NOW = 1_000 * SECOND
 LEASE = 30 * SECOND
@@ -67,6 +67,20 @@ def test_call_cut_off_by_a_replaced_target_runs_again_at_once_and_uncharged() ->
     outcome = judged(tried, result(tried, Kind.INTERRUPTED, 0))
 
     assert (outcome.action, outcome.at, outcome.charged, outcome.executed) == (Action.RETRY, NOW + SECOND // 100, 0, 0)
+
+
+def test_attempt_without_a_slot_is_kept_with_the_others_and_charged_to_nothing() -> None:
+    tried = claim(attempts=3, failures=5, history='[{"attempt":2}]')
+    policy = RetryPolicy(min_backoff=SECOND, retry_limit=5)
+
+    outcome = failed_fast(NOW, tried, QueueConfig(name="default", retry=policy), Random(0))
+
+    assert (outcome.action, outcome.at, outcome.charged, outcome.executed) == (Action.RETRY, NOW + 4 * SECOND, 0, 0)
+    assert outcome.reason == NO_SLOT
+    assert json.loads(outcome.history) == [
+        {"attempt": 2},
+        {"attempt": 3, "at": NOW, "micros": 0, "status": 0, "error": NO_SLOT},
+    ]
 
 
 @pytest.mark.parametrize(

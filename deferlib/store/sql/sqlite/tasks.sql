@@ -78,6 +78,32 @@ returning
     id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
     method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
 
+-- name: claim_fast
+update tasks
+set
+    due = :until,
+    claims = max(claims + 1, :now),
+    attempts = attempts + 1,
+    lost = lost + (due > eta),
+    first_try = coalesce(first_try, :now)
+where id in (
+    select id
+    from (
+        select id, size, sum(size) over (order by due, id) - size as before
+        from (
+            select id, due, size
+            from tasks
+            where queue = :queue and due <= :now and fail_fast = 1
+            order by due, id
+            limit :limit
+        )
+    )
+    where before = 0 or before + size <= :bytes
+)
+returning
+    id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
+    method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
+
 -- name: end_leases
 -- Still due > eta: the claim that takes it counts the attempt as lost. By way of the queues, because dues are indexed
 -- within theirs.
@@ -193,6 +219,13 @@ limit :limit
 
 -- name: next_due
 select min(due) from tasks where queue = :queue and due is not null
+
+-- name: next_due_fast
+select min(due) from tasks where queue = :queue and due is not null and fail_fast = 1
+
+-- name: in_flight
+-- No lease of a push queue is longer than a day: what is scheduled for later isn't walked.
+select count(*) from tasks where queue = :queue and due > :now and due <= :now + 86400000000 and due > eta
 
 -- name: ids_by_name
 select id, 0 as dead, due is null as tombstone from tasks where queue = :queue and name = :name
