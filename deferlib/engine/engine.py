@@ -231,9 +231,9 @@ class Engine:
             self._step("commit")
         self._step("committed")
         self._unsettled.clear()  # only now: a failed begin or commit loses no outcome
+        self._scheduler.looked(now, peeked, next_due)  # before what was settled after it: a retry may be due sooner
         for claim in self._scheduler.settled(now, outcomes, settled):
             self._give_up(claim)
-        self._scheduler.looked(now, peeked, next_due)
         self._scheduler.looked_fast(now, filled, fast_due)
         if self._observer is not None and refused:
             taken = {claim.id: claim for claim in claims}

@@ -127,7 +127,7 @@ class Harness:
                 self._run_due(attempts, raise_errors, limit)
                 next_at = self._scheduler.wake_at(self.clock.now(), self._transport.room)
                 if next_at > end:
-                    self.clock.move_to(end)
+                    self.clock.move_to(max(end, self.clock.now()))  # a call may have moved it
                     return attempts
                 self.clock.move_to(max(next_at, self.clock.now()))
 

@@ -47,6 +47,12 @@ def give_up() -> None:
     raise deferlib.PermanentTaskFailure("never")
 
 
+def move_clock(seconds: float) -> None:
+    clock = config.runtime().clock
+    assert isinstance(clock, testing.VirtualClock)
+    clock.advance(seconds)
+
+
 def defer_another(countdown: float) -> None:
     deferlib.defer(note, "another", _countdown=countdown)
 
@@ -118,6 +124,28 @@ def test_countdown_waits_for_the_clock(engine: testing.Harness) -> None:
     assert attempt.at == START + timedelta(seconds=60)
     assert ran == [round((START.timestamp() + 60) * 1e6)]
     assert engine.clock.moment() == START + timedelta(days=1, seconds=59.9)
+
+
+@pytest.mark.parametrize("limit", [{}, {"rate": "20/s"}, {"max_concurrent_requests": 1}])
+def test_retries_in_a_limited_queue_run_at_their_times(limit: dict[str, Any]) -> None:
+    with testing.engine(queues=[{"name": "default", **limit}], start=START) as engine:
+        deferlib.defer(fail)
+
+        attempts = engine.advance(1.5)
+
+    assert [(each.at - START).total_seconds() for each in attempts] == [0, 0.1, 0.3, 0.7, 1.5]
+
+
+def test_call_may_move_the_clock_past_the_end_of_a_run() -> None:
+    with testing.engine(start=START) as engine:
+        deferlib.defer(move_clock, 90)
+        deferlib.defer(note, "after", _countdown=60)
+
+        engine.run_until_idle(raise_errors=True)
+
+        assert engine.clock.moment() == START + timedelta(seconds=90)
+        engine.run_until_idle()
+    assert ran == ["after"]
 
 
 def test_retries_run_at_their_times(engine: testing.Harness) -> None:
