@@ -69,6 +69,18 @@ def within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwa
         outer.resume()  # if its time came meanwhile, it is told here
 
 
+def shielded(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call *fn*; a call that it is a part of is told of its deadline only afterwards: *fn* holds locks that others need."""
+    outer = _watchdog.calls.get(threading.get_ident())
+    if outer is None:
+        return fn(*args, **kwargs)
+    outer.suspend()
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        outer.resume()  # if its time came meanwhile, it is told here
+
+
 def unguarded(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call *fn*, which is told of the deadline in its own way: it is an event loop, say.
 
@@ -168,7 +180,7 @@ class _Call:
         self.raised = False
 
     def tell(self) -> None:
-        """Raise in the call, once. Only the watchdog's thread does that."""
+        """Raise in the call, once."""
         with self.lock:
             if self.live and not self.raised:
                 self.raised = True
@@ -193,6 +205,8 @@ class _Call:
         with self.lock:
             self.live = True
         _watchdog.add(self)
+        if self.at <= monotonic():  # here, because a call that is suspended most of the time is rarely met by the watchdog
+            self.tell()
 
 
 # --- the watchdog -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from deferlib import config
+from deferlib import config, deadline
 from deferlib.core.model import AddResult, DeleteResult
 from deferlib.errors import (
     BadTaskStateError,
@@ -73,6 +73,9 @@ class Queue:
         other kind than the queue's, `TooManyTasksError`, `DuplicateTaskNameError`, `BadTaskStateError` for a task that
         was added before, `UnknownQueueError`, and a `StoreError` if the store can't take them.
         """
+        return deadline.shielded(self._add, task, transactional)
+
+    def _add(self, task: Task | Iterable[Task], transactional: bool) -> Task | list[Task]:
         operation = self._adding(task, transactional)
         return operation.run() if operation else []
 
@@ -179,7 +182,7 @@ class Queue:
         `UnknownQueueError`, and a `StoreError` if the store can't do it.
         """
         operation = self._deleting(task)
-        return operation.run() if operation else []
+        return deadline.shielded(operation.run) if operation else []
 
     def delete_tasks_async(self, task: Task | Iterable[Task], rpc: UserRPC | None = None) -> UserRPC:
         """Do what `delete_tasks` does in the background."""
@@ -238,7 +241,7 @@ class Queue:
             self._check_known(tx)
             return tx.purge(runtime.clock.now(), self._name, _SLICE)
 
-        while runtime.store.run(work):
+        while deadline.shielded(runtime.store.run, work):
             pass
 
     def _check_known(self, tx: Tx) -> None:

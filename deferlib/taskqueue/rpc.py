@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from deferlib import deadline as deadlines
 from deferlib.errors import InvalidDeadlineError, RPCDeadlineExceededError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class UserRPC:
         self._method, self._request, self._hook, self._user_data = method, request, get_result_hook, user_data
         if self._deadline is not None:
             self._until = time.monotonic() + self._deadline
-        self._future = _workers().submit(work)
+        self._future = deadlines.shielded(_submit, work)
 
     def wait(self) -> None:
         """Wait until the request is done, or its deadline has passed; then call the callback, once."""
@@ -220,14 +221,14 @@ def check_rpc(rpc: object) -> None:
         raise ValueError("this RPC object was used before; create_rpc() makes a new one")
 
 
-def _workers() -> ThreadPoolExecutor:
+def _submit(work: Callable[[], Any]) -> Future[Any]:
     global _pool
     with _pool_lock:
         if _pool is None:
             from concurrent.futures import ThreadPoolExecutor  # 5 ms: only where it is needed
 
             _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="deferlib.rpc")
-        return _pool
+        return _pool.submit(work)
 
 
 def _after_fork() -> None:
