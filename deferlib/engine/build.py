@@ -66,7 +66,8 @@ def build(
 def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:
     concurrency = runtime.settings["concurrency"]
     if app is not None:
-        from deferlib.contrib.asgi import as_wsgi, is_asgi  # brings asyncio
+        from deferlib.contrib.asgi import is_asgi  # brings asyncio
+        from deferlib.engine.bridge import as_wsgi
 
         if is_asgi(app):
             bridge = as_wsgi(cast("AsgiApp", app))

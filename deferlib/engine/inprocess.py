@@ -65,7 +65,8 @@ def served(app: WsgiApp | AsgiApp | None, stack: ExitStack) -> WsgiApp:
     """
     if app is None:
         return deferred.application
-    from deferlib.contrib.asgi import as_wsgi, is_asgi  # brings asyncio
+    from deferlib.contrib.asgi import is_asgi  # brings asyncio
+    from deferlib.engine.bridge import as_wsgi
 
     if not is_asgi(app):
         return wrap_wsgi_app(cast("WsgiApp", app))

@@ -24,9 +24,10 @@ import deferlib
 from deferlib import attempt as attempts
 from deferlib import config, context, deadline, deferred, payload, testing
 from deferlib.context import ENVIRON_KEY, Dispatch, TaskContext
-from deferlib.contrib.asgi import as_wsgi, wrap_asgi_app
+from deferlib.contrib.asgi import wrap_asgi_app
 from deferlib.core.model import SECOND, Claim, Delivery, Kind, Micros, Result
 from deferlib.deadline import within
+from deferlib.engine.bridge import as_wsgi
 from deferlib.engine.local import LocalTransport
 from deferlib.errors import DeadlineExceededError
 from deferlib.keys import Keyring
