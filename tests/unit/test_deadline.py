@@ -42,10 +42,13 @@ CALLS: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
-def _no_callbacks() -> Iterator[None]:
-    """Take away the callbacks of the garbage collector (Hypothesis has one): an exception that comes into one is lost."""
+def _nobody_elses_code() -> Iterator[None]:
+    """Let the garbage collector run no callback (Hypothesis has one) and no finalizer: an exception in one is lost."""
+    gc.collect()
     callbacks, gc.callbacks[:] = list(gc.callbacks), []
+    gc.disable()
     yield
+    gc.enable()
     gc.callbacks[:] = callbacks
 
 
