@@ -8,14 +8,18 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deferlib import keys, queue_yaml
+from deferlib import keys, queue_fields, queue_yaml
 from deferlib.clock import Clock
 from deferlib.context import SYSTEM_CLOCK
 from deferlib.core.model import QueueConfig, QueueSource
 from deferlib.errors import ConfigError, KeyringError
 from deferlib.limits import Limits
+from deferlib.queue_fields import Place
+from deferlib.queue_yaml import QueueFile
 from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, working_directory
 from deferlib.store import Store
+
+_ARGUMENTS = Place("configure()")
 
 
 def sqlite_path(dsn: str, root: Path) -> str | None:
@@ -102,11 +106,15 @@ class Runtime:
 
     def queues(self) -> list[QueueConfig]:
         """Return the configured queues: given ones, else queue.yaml's, else `default` alone; `default` is always there."""
-        configs, where = self.given_queues, "configure()"
+        configs = self.given_queues
         if configs is None:
             path = self.queue_file()
-            configs, where = (queue_yaml.read(path), str(path)) if path is not None else ([], "")
-        queue_yaml.check(configs, self.limits, where)
+            file = QueueFile() if path is None else queue_yaml.read(path)
+            configs, places = file.queues, file.places
+        else:
+            places = [_ARGUMENTS] * len(configs)
+        for config, place in zip(configs, places, strict=True):
+            queue_fields.check(config, self.limits, place)
         if all(config.name != "default" for config in configs):
             configs = [QueueConfig(name="default"), *configs]
         return configs
@@ -233,8 +241,8 @@ def configure(
         given_store = store
     given_queues = None
     if isinstance(queues, Iterable) and not isinstance(queues, str | Mapping):
-        given_queues = [q if isinstance(q, QueueConfig) else queue_yaml.from_mapping(q, "configure()") for q in queues]
-        queue_yaml.refuse_twins(given_queues, "configure()")
+        given_queues = [q if isinstance(q, QueueConfig) else queue_fields.from_mapping(q, _ARGUMENTS) for q in queues]
+        queue_fields.refuse_twins(given_queues, [_ARGUMENTS] * len(given_queues))
     else:
         given["queues"] = queues
     new = Runtime(settings=load_settings(given), clock=clock, given_queues=given_queues, given_store=given_store)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from deferlib import limits, queue_yaml
+from deferlib import limits, queue_fields
 from deferlib.errors import ConfigError
 
 DEFAULT_STORE = "sqlite:///.deferlib/tasks.db"
@@ -85,7 +85,7 @@ def _targets(value: object) -> dict[str, str]:
         raise ValueError
     targets: dict[str, str] = {}
     for name, url in pairs:
-        if not isinstance(name, str) or not queue_yaml.TARGET.match(name) or name in targets:
+        if not isinstance(name, str) or not queue_fields.TARGET.match(name) or name in targets:
             raise ValueError
         targets[name] = _url(url)
     return targets

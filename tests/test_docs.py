@@ -23,11 +23,12 @@ from typing import Any
 import pytest
 import yaml
 
-from deferlib import errors, queue_yaml
+from deferlib import errors, queue_fields, queue_yaml
 from deferlib.cli import _parser
 from deferlib.cli.settings import FLAGS
 from deferlib.core.backoff import backoff
 from deferlib.core.model import SECOND, RetryPolicy
+from deferlib.queue_fields import Place
 from deferlib.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -206,10 +207,10 @@ def test_every_command_and_option_is_in_the_cli_reference(
 
 
 KEYS = {
-    "Keys of the file": queue_yaml._TOP_KEYS,
-    "Keys of a queue": queue_yaml._KEYS,
-    "Keys of retry_parameters": queue_yaml._RETRY_KEYS,
-    "Keys of a queue's deferlib map": queue_yaml._OWN_KEYS,
+    "Keys of the file": queue_fields.TOP_KEYS,
+    "Keys of a queue": queue_fields.KEYS,
+    "Keys of retry_parameters": queue_fields.RETRY_KEYS,
+    "Keys of a queue's deferlib map": queue_fields.OWN_KEYS,
 }
 
 
@@ -237,10 +238,10 @@ def test_a_default_of_queue_yaml_changes_nothing_when_it_is_written(heading: str
     }
     around = {"Keys of retry_parameters": "retry_parameters", "Keys of a queue's deferlib map": "deferlib"}.get(heading)
 
-    written = queue_yaml.from_mapping({"name": "q", **({around: defaults} if around else defaults)}, "docs")
+    written = queue_fields.from_mapping({"name": "q", **({around: defaults} if around else defaults)}, Place("docs"))
 
     assert len(defaults) >= 2
-    assert written == queue_yaml.from_mapping({"name": "q"}, "docs")
+    assert written == queue_fields.from_mapping({"name": "q"}, Place("docs"))
 
 
 def test_yaml_of_every_page_is_a_queue_yaml(snippets: ModuleType, tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_yaml_of_every_page_is_a_queue_yaml(snippets: ModuleType, tmp_path: Path
         for block in snippets.blocks(page.read_text(encoding="utf-8")):
             if block.language == "yaml" and re.search(r"^queue:", block.text, re.MULTILINE):
                 path.write_text(block.text, encoding="utf-8")
-                assert queue_yaml.read(path), page
+                assert queue_yaml.read(path).queues, page
                 found += 1
     assert found >= 3
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 LAYERS = [
     {"core"},
     {"clock", "limits"},
-    {"context", "keys", "namespaces", "ids", "queue_yaml"},
+    {"context", "keys", "namespaces", "ids", "queue_fields", "queue_yaml"},
     {"payload", "token", "store"},
     {"settings"},
     {"config", "call_text"},

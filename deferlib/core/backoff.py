@@ -31,7 +31,8 @@ def backoff(policy: RetryPolicy, retry: int, rng: Random) -> Micros:
 def may_retry(policy: RetryPolicy, failures: int, age: Micros) -> bool:
     """Tell whether a task that failed *failures* times, *age* after its first attempt began, is tried again.
 
-    With both a retry limit and an age limit the task dies only when both are exceeded (App Engine's rule).
+    With both a retry limit and an age limit the task dies only when both are exceeded (App Engine's rule), unless the
+    policy says *first_limit_wins*.
     """
     match policy.retry_limit, policy.age_limit:
         case None, None:
@@ -41,6 +42,8 @@ def may_retry(policy: RetryPolicy, failures: int, age: Micros) -> bool:
         case None, int(limit):
             return age <= limit
         case int(count), int(span):
+            if policy.first_limit_wins:
+                return failures <= count and age <= span
             return failures <= count or age <= span
     raise AssertionError("unreachable")
 
@@ -49,7 +52,7 @@ def policy_of(options: str, queue: RetryPolicy) -> RetryPolicy:
     """Return the policy of a task whose own options are *options* (JSON as `options_text` makes it, or '').
 
     A task's options replace the queue's as a whole: what they leave out takes the defaults, not the queue's values. But
-    for the jitter, which only a queue has.
+    for what only a queue has: jitter, and whether the first limit wins.
     """
     if not options:
         return queue
@@ -57,7 +60,7 @@ def policy_of(options: str, queue: RetryPolicy) -> RetryPolicy:
     known = {
         key: value for key, value in raw.items() if key in RetryPolicy._fields
     }  # a newer version may have added others
-    return repair(RetryPolicy(jitter=queue.jitter), known)
+    return repair(RetryPolicy(jitter=queue.jitter, first_limit_wins=queue.first_limit_wins), known)
 
 
 def repair(base: RetryPolicy, raw: dict[str, Any]) -> RetryPolicy:

@@ -161,6 +161,7 @@ class RetryPolicy(NamedTuple):
     retry_limit: int | None = None
     age_limit: Micros | None = None
     jitter: float = 0.0  # the share of a wait that chance may take off
+    first_limit_wins: bool = False  # a task is given up at the first of both limits, not at the second
 
 
 class QueueConfig(NamedTuple):

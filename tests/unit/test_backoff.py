@@ -109,3 +109,14 @@ def test_default_that_contradicts_an_option_yields(options: dict[str, float], le
     repaired = policy_of(options_text(**options), RetryPolicy())  # type: ignore[arg-type]  # all of them are spans
 
     assert (repaired.min_backoff, repaired.max_backoff) == (least, most)
+
+
+def test_first_limit_wins_where_the_queue_says_so() -> None:
+    both = RetryPolicy(retry_limit=3, age_limit=10 * SECOND)
+    first = both._replace(first_limit_wins=True)
+
+    for failures, age, kept in ((3, 10, True), (4, 10, False), (3, 11, False), (4, 11, False)):
+        assert may_retry(first, failures, age * SECOND) is kept
+        assert may_retry(both, failures, age * SECOND) is (failures <= 3 or age <= 10)
+    own = policy_of(options_text(retry_limit=1, age_limit=1), first)
+    assert (own.first_limit_wins, may_retry(own, 2, 0)) == (True, False)

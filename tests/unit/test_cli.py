@@ -918,7 +918,7 @@ def test_broken_queue_yaml_keeps_nobody_from_looking_and_pausing(project: Path, 
     shown = cli("queues", "list", "--json")
 
     assert {queue["managed"] for queue in shown.json["queues"]} == {None}
-    assert shown.err.startswith(f"deferlib: warning: {project}/queue.yaml: ")
+    assert shown.err.startswith(f"deferlib: warning: {project}/queue.yaml:2:1: ")
     assert cli("queues", "pause", "mail").code == 0
 
 

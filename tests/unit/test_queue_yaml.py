@@ -10,10 +10,11 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deferlib import queue_yaml
+from deferlib import queue_fields, queue_yaml
 from deferlib.core.bucket import interval_of
 from deferlib.core.model import DAY, HOUR, MINUTE, SECOND, Mode, QueueConfig, RetryPolicy
 from deferlib.errors import InvalidQueueError
+from deferlib.queue_fields import Place
 
 FULL = """\
 total_storage_limit: 120M
@@ -51,11 +52,11 @@ def path(tmp_path: Path) -> Path:
 
 def read(path: Path, text: str | bytes) -> list[QueueConfig]:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return queue_yaml.read(path)
+    return queue_yaml.read(path).queues
 
 
 def one(**fields: object) -> QueueConfig:
-    return queue_yaml.from_mapping({"name": "mail", **fields}, "queue.yaml")
+    return queue_fields.from_mapping({"name": "mail", **fields}, Place("queue.yaml"))
 
 
 # --- what is right ----------------------------------------------------------------------------------------------------
@@ -191,9 +192,12 @@ def test_nothing_written_is_the_default() -> None:
             {"retry_parameters": {"min_backoff_seconds": 2, "max_backoff_seconds": 1}},
             r"retry_parameters: min_backoff_seconds is larger than max_backoff_seconds",
         ),
-        ({"deferlib": "x"}, r"deferlib: is a mapping of deadline, jitter, lost_limit, tombstone"),
+        ({"deferlib": "x"}, r"deferlib: is a mapping of deadline, first_limit_wins, jitter"),
         ({"deferlib": False}, r"deferlib: is a mapping"),
-        ({"deferlib": {"dedline": "1m"}}, r"deferlib: unknown key 'dedline'; allowed are deadline, jitter"),
+        (
+            {"deferlib": {"dedline": "1m"}},
+            r"deferlib: unknown key 'dedline'; allowed are deadline, first_limit_wins, jitter",
+        ),
         ({"deferlib": {"jitter": 1.1}}, r"deferlib: jitter: 1.1: a number from 0 to 1"),
         ({"deferlib": {"jitter": True}}, r"deferlib: jitter: True: a number from 0 to 1"),
         ({"deferlib": {"deadline": "721h"}}, r"deferlib: deadline: '721h': more than 0s and at most 30d"),
@@ -206,19 +210,19 @@ def test_nothing_written_is_the_default() -> None:
 )
 def test_mistake_is_named_with_its_place_and_what_is_allowed(fields: dict[object, object], message: str) -> None:
     with pytest.raises(InvalidQueueError, match=f"^queue.yaml: queue 'mail': .*{message}"):
-        queue_yaml.from_mapping({"name": "mail", **fields}, "queue.yaml")
+        queue_fields.from_mapping({"name": "mail", **fields}, Place("queue.yaml"))
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a_b", "x" * 501, "ä", "a\n", None, 3, ["a"], True])
 def test_name_is_checked(name: object) -> None:
     with pytest.raises(InvalidQueueError, match=r"^q: queue name .*: 1 to 100 letters, digits and hyphens are allowed"):
-        queue_yaml.from_mapping({"name": name}, "q")
+        queue_fields.from_mapping({"name": name}, Place("q"))
 
 
 @pytest.mark.parametrize("raw", [None, "mail", 3, ["mail"], []])
 def test_queue_is_a_mapping(raw: object) -> None:
     with pytest.raises(InvalidQueueError, match=r"^q: a queue is a mapping with at least `name:`, not "):
-        queue_yaml.from_mapping(raw, "q")
+        queue_fields.from_mapping(raw, Place("q"))
 
 
 @pytest.mark.parametrize(
@@ -231,15 +235,15 @@ def test_queue_is_a_mapping(raw: object) -> None:
         ("just text", "is a mapping of application, queue"),
         ("queues:\n- name: a", "unknown key 'queues'; allowed are application, queue"),
         ("queue:\n- name: a\n- name: b\n- name: a", "queue 'a' stands there twice"),
-        ("queue:\n- name: a\n  rate: 1/s\n  rate: 2/s", r"'rate' stands there twice \(line 4, column 3\)"),
-        ("queue:\n- name: [", r"is not the YAML of a queue.yaml: .*\(line 2, column "),
-        ("queue:\n\t- name: a", r"is not the YAML of a queue.yaml: .*\\t.*\(line 2, column 1\)"),
+        ("queue:\n- name: a\n  rate: 1/s\n  rate: 2/s", r"'rate' stands there twice"),
+        ("queue:\n- name: [", r":2:10: is not the YAML of a queue.yaml: "),
+        ("queue:\n\t- name: a", r":2:1: is not the YAML of a queue.yaml: .*\\t"),
         ("a: 1\n--- \nb: 2", "is not the YAML of a queue.yaml: but found another document"),
         ("queue:\n- name: 2024-13-45", "is not YAML: month must be in 1..12"),
-        ("queue:\n- !!python/object/apply:os.system [echo]", r"tags \(!\) aren't allowed \(line 2, column 3\)"),
+        ("queue:\n- !!python/object/apply:os.system [echo]", r"tags \(!\) aren't allowed"),
         ("queue: !!timestamp x", r"tags \(!\) aren't allowed"),
-        ("queue: &a []", r"anchors and aliases aren't allowed \(line 1, column 8\)"),
-        ("queue: *a", r"anchors and aliases aren't allowed \(line 1, column 8\)"),
+        ("queue: &a []", r"anchors and aliases aren't allowed"),
+        ("queue: *a", r"anchors and aliases aren't allowed"),
         ("a: &a 1\n? *a\n: 2", "anchors and aliases aren't allowed"),
         (b"queue: \xff\xfe", "is not YAML: .*invalid start byte"),
         (b"queue: \x00", "is not YAML: unacceptable character"),
@@ -251,13 +255,78 @@ def test_mistake_in_the_file_is_named_in_one_line(path: Path, text: str | bytes,
     with pytest.raises(InvalidQueueError, match=message) as caught:
         read(path, text)
 
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path}:")
     assert "\n" not in str(caught.value)
 
 
 def test_mistake_in_a_queue_names_file_and_queue(path: Path) -> None:
-    with pytest.raises(InvalidQueueError, match=f"^{path}: queue 'mail': rate '5/w': "):
+    with pytest.raises(InvalidQueueError, match=f"^{path}:3:9: queue 'mail': rate '5/w': "):
         read(path, "queue:\n- name: mail\n  rate: 5/w")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("queue:\n- name: a b", "2:9: queue name 'a b'"),
+        ("queue:\n- rate: 5/s", "2:3: queue name None"),
+        ("queue:\n  - mail", "2:3: a queue is a mapping"),
+        ("queue:\n- name: a\n  bucket_size:   0", "3:18: queue 'a': bucket_size: 0"),
+        ("queue:\n- {name: a, mode: both}", "2:19: queue 'a': mode 'both': push or pull"),
+        ("queue:\n- name: a\n  colour: red", "3:11: queue 'a': unknown key 'colour'"),
+        ("queue:\n- name: a\n- name: b\n- name: a", "4:3: queue 'a' stands there twice"),
+        ("queue:\n- name: a\n  deferlib:\n    jitter: 2", "4:13: queue 'a': deferlib: jitter: 2"),
+        ("queue:\n- name: a\n  deferlib:\n    lost-limit: 0", "4:17: queue 'a': deferlib: lost_limit: 0"),
+        ("queue:\n- name: a\n  deferlib: 5", "3:13: queue 'a': deferlib: is a mapping"),
+        (
+            "queue:\n- name: a\n  retry_parameters:\n    task_age_limit: 30",
+            "4:21: queue 'a': retry_parameters: task_age_limit: 30",
+        ),
+        (
+            "queue:\n- name: a\n  retry_parameters:\n    min_backoff_seconds: 9\n    max_backoff_seconds: 8",
+            "4:26: queue 'a': retry_parameters: min_backoff_seconds is larger",
+        ),
+        ("queue:\n- name: a\n  acl:\n  - user: x", "4:3: queue 'a': acl: a list of"),
+        ("total_storage_limit: 1.5", "1:22: total_storage_limit: 1.5: a number is needed"),
+        ("total_storage_limit: 5X", "1:22: total_storage_limit: '5X': a number is needed"),
+        ("resume_paused_queues: maybe", "1:23: resume_paused_queues: 'maybe': true or false"),
+        ("application: [a]", "1:14: application: ['a']: a name is needed"),
+        ("\n\nqueue: 5", "3:8: `queue:` is a list"),
+        ("queue: []\nqueues: []", "2:9: unknown key 'queues'"),
+    ],
+)
+def test_every_mistake_has_its_line_and_column(path: Path, text: str, place: str) -> None:
+    with pytest.raises(InvalidQueueError) as caught:
+        read(path, text)
+
+    assert str(caught.value).startswith(f"{path}:{place}")
+
+
+def test_what_has_no_effect_is_noted_with_its_place(path: Path) -> None:
+    path.write_text(FULL + "  rate: 5/s\n")
+    file = queue_yaml.read(path)
+
+    assert [note.removeprefix(f"{path}:") for note in file.notes] == [
+        "1:22: total_storage_limit isn't enforced",
+        "12:3: queue 'mail': acl isn't enforced",
+        "26:9: queue 'Pull-Queue-1': rate has no effect on a pull queue",
+    ]
+    assert file.resume_paused_queues is True
+    assert [entry["name"] for entry in file.entries] == ["mail", "Pull-Queue-1"]
+
+
+@pytest.mark.parametrize("limit", ["500M", "1.5K", "0", 120, "1G", "2T", "7B", ".5M", "5.M"])
+def test_storage_limit_is_app_engines(path: Path, limit: object) -> None:
+    assert read(path, f"total_storage_limit: {limit}") == []
+
+
+@pytest.mark.parametrize("spelled", ["first_limit_wins", "first-limit-wins"])
+def test_first_limit_may_win(spelled: str) -> None:
+    assert one(deferlib={spelled: True}).retry.first_limit_wins is True
+    assert one(retry_parameters={"task_retry_limit": 3}).retry.first_limit_wins is False
+    with pytest.raises(InvalidQueueError, match="first_limit_wins: 'yes': true or false"):
+        one(deferlib={spelled: "yes"})
+    with pytest.raises(InvalidQueueError, match="stands there twice"):
+        one(deferlib={"lost-limit": 1, "lost_limit": 2})
 
 
 @pytest.mark.parametrize(
@@ -265,7 +334,7 @@ def test_mistake_in_a_queue_names_file_and_queue(path: Path) -> None:
     [
         "# a & b, *.example.com\nqueue:\n- name: a",
         "queue:\n- name: a\n  acl:\n  - user_email: 'a & *b @example.com'\n  - user_email: \"*.example.com\"",
-        "queue:\n- name: a\n  acl: [x&y, 'a, *b', \"- &c\"]",
+        "queue:\n- name: a\n  acl: [{user_email: x&y}, {writer_email: 'a, *b'}, {user_email: \"- &c\"}]",
         "application: R&D *1\nqueue:\n- name: a",
         "application: '!important'\nqueue:\n- name: a",
     ],
@@ -302,7 +371,8 @@ def test_file_of_just_the_largest_size_is_read(path: Path) -> None:
 def test_many_queues_take_no_quadratic_time() -> None:
     started = time.monotonic()
 
-    queue_yaml.refuse_twins([QueueConfig(name=str(number)) for number in range(20_000)], "q")
+    configs = [QueueConfig(name=str(number)) for number in range(20_000)]
+    queue_fields.refuse_twins(configs, [Place("q")] * len(configs))
 
     assert time.monotonic() - started < 5
 
@@ -321,7 +391,7 @@ def assert_sound(configs: list[QueueConfig]) -> None:
     for queue in configs:
         assert QueueConfig.from_json(queue.to_json()) == queue
         assert queue.bucket_size * (interval_of(queue.rate) if queue.rate else 1) < 2**63 - 2**52
-        assert 0 < queue.deadline <= DAY
+        assert 0 < queue.deadline <= 30 * DAY
         assert 0 < queue.tombstone < 2**52
         assert 0 <= queue.retry.min_backoff <= queue.retry.max_backoff < 2**52
 
@@ -349,7 +419,7 @@ def test_any_text_gives_queues_or_an_invalid_queue_error(path: Path, text: str |
         message = f"{path}: "
     except InvalidQueueError as error:
         configs, message = [], str(error)
-    assert message.startswith(f"{path}: ")
+    assert message.startswith(f"{path}:")
     assert_sound(configs)
 
 
@@ -359,11 +429,11 @@ scalars = st.one_of(
 )  # fmt: skip
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3))
 queues = st.dictionaries(
-    st.sampled_from(sorted(queue_yaml._KEYS)),
+    st.sampled_from(sorted(queue_fields.KEYS)),
     st.one_of(
         values,
-        st.dictionaries(st.sampled_from(sorted(queue_yaml._RETRY_KEYS)), scalars),
-        st.dictionaries(st.sampled_from(sorted(queue_yaml._OWN_KEYS)), scalars),
+        st.dictionaries(st.sampled_from(sorted(queue_fields.RETRY_KEYS)), scalars),
+        st.dictionaries(st.sampled_from(sorted(queue_fields.OWN_KEYS)), scalars),
     ),
 )
 
@@ -372,7 +442,7 @@ queues = st.dictionaries(
 @given(queues, st.sampled_from(["a", "default"]))
 def test_any_mapping_gives_a_queue_or_an_invalid_queue_error(raw: dict[str, object], name: str) -> None:
     try:
-        configs, message = [queue_yaml.from_mapping({"name": name, **raw}, "configure()")], "configure(): "
+        configs, message = [queue_fields.from_mapping({"name": name, **raw}, Place("configure()"))], "configure(): "
     except InvalidQueueError as error:
         configs, message = [], str(error)
     assert message.startswith("configure(): ")
