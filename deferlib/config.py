@@ -18,6 +18,7 @@ from deferlib.queue_fields import Place
 from deferlib.queue_yaml import QueueFile
 from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, working_directory
 from deferlib.store import Store
+from deferlib.targets import Targets
 
 _ARGUMENTS = Place("configure()")
 
@@ -59,6 +60,7 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.limits: Limits = settings["limits"]
+        self.targets: Targets = settings["targets"]
         self.clock = clock
         self.given_queues = given_queues
         self.given_store = given_store
@@ -140,7 +142,7 @@ class Runtime:
     def prefer(self, settings: Settings, names: Collection[str]) -> None:
         """Take the settings *names* from *settings* over what `configure` said: a command's flags come first."""
         self.settings = Settings(settings.root, {**self.settings.all, **{name: settings.all[name] for name in names}})
-        self.limits = self.settings["limits"]
+        self.limits, self.targets = self.settings["limits"], self.settings["targets"]
         if "queues" in names:
             self.given_queues = None
         if "store" in names:

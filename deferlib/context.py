@@ -74,6 +74,10 @@ SYSTEM_CLOCK = SystemClock()
 running: ContextVar[TaskContext | None] = ContextVar("deferlib_task", default=None)
 
 
+# The Host of the request being served: which of the configured targets a task made in it belongs to.
+request_host: ContextVar[str | None] = ContextVar("deferlib_host", default=None)
+
+
 def current_task() -> TaskContext | None:
     """Return the task this code runs in, or None outside one."""
     return running.get()

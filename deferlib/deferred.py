@@ -296,6 +296,7 @@ class Handler:
 
     def _attempt(self, dispatch: Dispatch, environ: dict[str, Any]) -> Response:
         response: Response | None = None
+        context.request_host.set(environ.get("HTTP_HOST"))  # in a context of its own
         with attempt.Attempt(dispatch) as current:
             environ[_ATTEMPT_KEY] = current
             response = current.run(self.run_from_request, environ)

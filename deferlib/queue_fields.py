@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deferlib import targets
 from deferlib.core.backoff import repair
 from deferlib.core.model import DAY, HOUR, MINUTE, SECOND, Micros, Mode, QueueConfig, RetryPolicy
 from deferlib.errors import InvalidQueueError
 from deferlib.limits import Limits
 
-TARGET = re.compile(r"[a-z0-9][a-z0-9.-]*\Z")  # a target's name, here and in the setting `targets`
 _NAME = re.compile(r"[a-zA-Z0-9-]{1,500}\Z")  # as the limits allow them at most; `check` has those in force
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]*)?)/([smhd])\Z")
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]*)?)([smhd])\Z")
@@ -197,7 +197,7 @@ def _target(raw: object, place: Place) -> str:
     text = str(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw  # a version: `target: 2`
     if text is None:
         return ""
-    if not isinstance(text, str) or not TARGET.match(text):
+    if not isinstance(text, str) or not targets.NAME.match(text):
         raise InvalidQueueError(f"{place}: {shown(raw)}: lower-case letters, digits, dots and hyphens are allowed")
     return text
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from deferlib import limits, queue_fields
+from deferlib import limits
 from deferlib.errors import ConfigError
+from deferlib.targets import NAME, SLOT, Targets
 
 DEFAULT_STORE = "sqlite:///.deferlib/tasks.db"
 DEFAULT_APP = "http://127.0.0.1:8080"
@@ -76,19 +77,33 @@ def _url(value: object) -> str:
     return text.rstrip("/")
 
 
-def _targets(value: object) -> dict[str, str]:
+def _targets(value: object) -> Targets:
+    if isinstance(value, Targets):
+        return value
     if isinstance(value, str):
-        pairs = [tuple(part.strip() for part in pair.partition("=")[::2]) for pair in value.split(",") if pair.strip()]
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        # A part without a name before its URL is the template.
+        pairs = [part.split("=", 1) if re.match(r"[^:/{]*=", part) else ["*", part] for part in parts]
     elif isinstance(value, Mapping):
-        pairs = list(value.items())
+        pairs = [list(pair) for pair in value.items()]
     else:
         raise ValueError
-    targets: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, url in pairs:
-        if not isinstance(name, str) or not queue_fields.TARGET.match(name) or name in targets:
+        if not isinstance(name, str) or name.strip() in names:
             raise ValueError
-        targets[name] = _url(url)
-    return targets
+        names[name.strip()] = url
+    template = names.pop("*", None)
+    if template is not None and (not isinstance(template, str) or template.count(SLOT) != 1):
+        raise ValueError
+    for name, url in names.items():
+        if not NAME.match(name):
+            raise ValueError
+        names[name] = _url(url)
+    if template is None:
+        return Targets(names)
+    _url(template.replace(SLOT, "x"))
+    return Targets(names, template.rstrip("/"))
 
 
 def _margin(value: object) -> float | None:
@@ -117,7 +132,12 @@ SETTINGS: Mapping[str, _Kind] = {
     "queues": _Kind(_path, None, "the path of a queue.yaml"),
     "concurrency": _Kind(_whole(1, 10_000), None, "a whole number from 1 to 10000"),
     "app": _Kind(_url, DEFAULT_APP, "http://HOST[:PORT][/PATH]"),
-    "targets": _Kind(_targets, {}, "NAME=http://HOST[:PORT], separated by commas, or a table of names and URLs"),
+    "targets": _Kind(
+        _targets,
+        Targets(),
+        "NAME=http://HOST[:PORT], separated by commas, a template like http://{target}.example.com for all other names, or "
+        "a table of names and URLs, with the template at *",
+    ),
     "prefix": _Kind(_prefix, "", "the path prefix that a proxy strips, like /tasks"),
     "lease": _Kind(_seconds(0.001), 30.0, "seconds from 0.001 to 86400"),
     "deadline_margin": _Kind(_margin, 1.0, "seconds from 0 to 86400, or off"),
@@ -146,6 +166,8 @@ class Setting(NamedTuple):
             return _SECRET
         if isinstance(self.value, limits.Limits):
             return str(self.value)
+        if isinstance(self.value, Targets):
+            return {**self.value.names, **({"*": self.value.template} if self.value.template else {})}
         return mask(self.value) if isinstance(self.value, str) else self.value
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 # From the bottom up; a package's modules are its layer unless they stand on their own.
 LAYERS = [
     {"core"},
-    {"clock", "limits"},
+    {"clock", "limits", "targets"},
     {"context", "keys", "namespaces", "ids", "queue_fields", "queue_yaml"},
     {"payload", "token", "store"},
     {"settings"},

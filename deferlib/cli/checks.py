@@ -209,10 +209,10 @@ def _tasks_in(path: str) -> int:
 
 
 def _queues(case: Case) -> Iterator[Finding]:
-    targets = case.settings["targets"]
+    targets = case.runtime.targets
     for row in case.queues:
         target = row.config.target
-        if target and target not in targets:
+        if target and targets.get(target) is None:
             yield Finding(
                 PROBLEM, f"queue {row.name}", f"its target {target!r} is unknown, so nothing of it is pushed; set "
                 f"DEFERLIB_TARGETS={target}=http://HOST:PORT"
@@ -263,7 +263,11 @@ def _engine(case: Case) -> Iterator[Finding]:
 def _apps(case: Case) -> Iterator[Finding]:
     assert case.ring is not None
     default = case.settings.all["app"]
-    for name, url in {"app": default.value, **case.settings["targets"]}.items():
+    named = {row.config.target for row in case.queues} - {""}  # what a template stands for isn't known otherwise
+    urls = {name: case.runtime.targets.get(name) for name in sorted({*case.runtime.targets.names, *named})}
+    for name, url in {"app": default.value, **urls}.items():
+        if url is None:  # told with its queue
+            continue
         subject = name if name == "app" else f"target {name}"
         answer = ask(url, case.ring, case.runtime.clock)
         if answer.report is not None:

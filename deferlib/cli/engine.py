@@ -134,8 +134,8 @@ def _announce(runtime: config.Runtime, app: str | None) -> None:
     if runtime.given_store is not None:
         store = "given by the app"
     what = f"app {app} in this process" if app is not None else f"target {settings['app']}"
-    if app is None and settings["targets"]:
-        what += f" and {listed(sorted(settings['targets']))}"
+    if app is None and runtime.targets:
+        what += f" and {listed(sorted([*runtime.targets.names, *filter(None, [runtime.targets.template])]))}"
     queues = listed([queue.name for queue in runtime.queues()], 10)
     with suppress(OSError, ValueError, AttributeError):  # closed, or not there at all
         print(safe(f"deferlib engine: store {store}, {what}, queues {queues}, pid {os.getpid()}"), flush=True)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from deferlib import attempt as attempts
 from deferlib import config, deadline, deferred, inbound, namespaces, payload, token
-from deferlib.context import ENVIRON_KEY, Dispatch, running
+from deferlib.context import ENVIRON_KEY, Dispatch, request_host, running
 from deferlib.errors import DeadlineExceededError, TokenError
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -53,6 +53,7 @@ class Middleware:
                 await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_host.set(_host(scope))  # for this request: a server gives each a task, and so a context, of its own
         body = _Body(receive)
         deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
         if deferred_call and scope["method"] not in ("GET", "POST"):
@@ -227,6 +228,10 @@ class _Body:
             return await self._receive()
         self._replayed = True
         return {"type": "http.request", "body": self._data, "more_body": False}
+
+
+def _host(scope: Scope) -> str | None:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"host"), None)
 
 
 def _clean(scope: Scope) -> str:

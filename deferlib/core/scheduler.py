@@ -41,7 +41,7 @@ class Rules(NamedTuple):
     """What the scheduler goes by, beside the queues' own configuration."""
 
     node: str  # this engine's name as an owner
-    targets: Mapping[str, str]  # named targets
+    target: Callable[[str], str | None]  # from a target's name to its base URL; None if there is no such target
     lease: Micros = 30 * SECOND
     in_process: bool = False
     base: str = ""  # base URL of the default target
@@ -406,7 +406,7 @@ class Scheduler:
         """Return the base URL of *target*; None if there is no such target."""
         if not target:
             return self._rules.base
-        return self._rules.targets.get(target)
+        return self._rules.target(target)
 
     def _base(self, queue: QueueState) -> str:
         return self._resolve(queue.config.target) or self._rules.base

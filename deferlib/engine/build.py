@@ -16,6 +16,7 @@ from deferlib.engine.engine import Engine, no_step
 from deferlib.engine.local import LocalTransport, WsgiApp
 from deferlib.engine.observer import Observer
 from deferlib.engine.transport import Transport
+from deferlib.targets import Targets
 
 if TYPE_CHECKING:
     from deferlib.contrib.asgi import AsgiApp
@@ -46,7 +47,7 @@ def build(
         lease=lease,
         in_process=app is not None,
         base="" if app is not None else runtime.settings["app"],
-        targets={} if app is not None else runtime.settings["targets"],
+        target=(Targets() if app is not None else runtime.targets).get,
     )
     scheduler = Scheduler(rules, random.Random())
     transport = _transport(runtime, app)

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
+from deferlib.context import request_host
 from deferlib.core.model import SECOND, Micros
 from deferlib.errors import (
     InvalidDispatchDeadlineError,
@@ -27,6 +28,7 @@ from deferlib.errors import (
 )
 from deferlib.limits import DAY, Limits
 from deferlib.namespaces import BadValueError, get_namespace, google_apps_namespace, validate_namespace
+from deferlib.targets import Targets
 from deferlib.taskqueue import limits as appengine
 from deferlib.taskqueue.headers import Headers, checked_value
 from deferlib.taskqueue.options import shown
@@ -289,6 +291,12 @@ def target_of(target: object, headers: Headers) -> tuple[str, str | _Version | N
             f"target {shown(target)}: up to 100 letters, digits, dots, hyphens and underscores are allowed"
         )
     return target, target
+
+
+def own_target(targets: Targets) -> str | None:
+    """Return the target that serves the current request: its tasks stay with the version that adds them."""
+    host = request_host.get()
+    return None if host is None else targets.name_of(host)
 
 
 def _target_of_host(host: str | list[str]) -> tuple[str, str | _Version | None]:

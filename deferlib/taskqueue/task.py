@@ -87,6 +87,9 @@ class Task:
             self._headers = self._headers.copy()
             self._headers["Content-Type"] = content_type
         self._target, self._shown_target = rules.target_of(target, self._headers) if target or headers else ("", None)
+        if runtime.targets and self._shown_target is None and self._method != "PULL":
+            self._shown_target = rules.own_target(runtime.targets)
+            self._target = self._shown_target or ""
         self._eta = rules.eta_of(countdown, eta, now, limits)
         self._namespace = rules.namespace_of(self._headers)
         self._call = _call

@@ -18,6 +18,7 @@ from deferlib.engine.inprocess import served
 from deferlib.engine.local import WsgiApp
 from deferlib.errors import Error
 from deferlib.store import Store
+from deferlib.targets import Targets
 from deferlib.testing.clock import VirtualClock, span
 from deferlib.testing.inline import InlineTransport
 
@@ -85,7 +86,7 @@ class Harness:
         self._store = store
         lease: Micros = 30 * SECOND
         self._transport = InlineTransport(app, clock)
-        rules = Rules(node=_NODE, lease=lease, in_process=True, targets={})
+        rules = Rules(node=_NODE, lease=lease, in_process=True, target=Targets().get)
         self._scheduler = Scheduler(rules, Random(0))
         self._engine = Engine(store, self._transport, self._scheduler, clock, node=_NODE, lease=lease)
 

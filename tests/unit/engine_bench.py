@@ -115,7 +115,7 @@ class Bench:
         self.engine = self.boot("me", self.carrier)
 
     def boot(self, node: str, carrier: Carrier, *, observer: Observer | None = None, take_over: bool = False) -> Engine:
-        scheduler = Scheduler(Rules(node=node, lease=LEASE, base="http://app", targets={}), Random(0))
+        scheduler = Scheduler(Rules(node=node, lease=LEASE, base="http://app", target={}.get), Random(0))
         return Engine(
             self.store,  # type: ignore[arg-type]  # the store's wrapper passes everything on
             carrier,

@@ -44,7 +44,7 @@ BASE = "http://app"
 
 
 def make(*configs: QueueConfig, **rules: Any) -> Scheduler:
-    rules = {"node": "me", "lease": LEASE, "base": BASE, "targets": {"worker": "http://worker"}, **rules}
+    rules = {"node": "me", "lease": LEASE, "base": BASE, "target": {"worker": "http://worker"}.get, **rules}
     scheduler = Scheduler(Rules(**rules), Random(0))
     scheduler.configure([QueueRow(config=config) for config in configs or [QueueConfig(name="default")]])
     return scheduler
