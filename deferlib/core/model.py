@@ -203,11 +203,11 @@ def _known(fields: tuple[str, ...], raw: dict[str, Any]) -> dict[str, Any]:
 
 
 class QueueSource(StrEnum):
-    """Where a queue's row came from; a later one overrides an earlier one."""
+    """Who made a queue's row what it is."""
 
     LIBRARY = "library"  # inserted because it was missing
     FILE = "file"  # applied by the engine from queue.yaml
-    COMMAND = "command"  # put by hand, until cleared
+    COMMAND = "command"  # made by hand
 
 
 class QueueRow(NamedTuple):
@@ -219,6 +219,8 @@ class QueueRow(NamedTuple):
     tat: Micros = 0
     owner: str = ""
     owned_until: Micros = 0
+    said: str = ""  # what the file and the commands say of it, as JSON; `deferlib.queue_rows` reads it
+    disabled: bool = False  # it has left its file: it keeps its tasks, and none is dispatched
 
     @property
     def name(self) -> str:
@@ -295,7 +297,7 @@ class QueueStats(NamedTuple):
     oldest_due: Micros | None
     executed_last_minute: int
     failed_last_minute: int
-    in_flight: int  # leased now, for at most a day: all that is pushed
+    in_flight: int  # being pushed, as the engines have last said
 
 
 class Kind(StrEnum):

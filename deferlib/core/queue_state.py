@@ -13,12 +13,16 @@ class QueueState:
 
     __slots__ = (
         *("config", "fast_at", "fast_looked", "in_flight", "interval", "look_at", "owned_by_other_until", "paused", "tat"),
+        *("disabled", "flown", "flown_at"),
     )
 
     def __init__(self, name: str) -> None:
         self.config = QueueConfig(name=name)
         self.paused = False
+        self.disabled = False
         self.in_flight = 0
+        self.flown = 0  # how many are in flight as the store knows it
+        self.flown_at: Micros = 0  # and since when
         self.interval: Micros = 0
         self.tat: Micros = 0
         self.look_at: Micros = 0  # when something may be due; 0: look now
@@ -27,10 +31,11 @@ class QueueState:
         self.owned_by_other_until: Micros = 0
 
     def configure(self, row: QueueRow) -> None:
-        if row.config != self.config or row.paused != self.paused:
+        if (row.config, row.paused, row.disabled) != (self.config, self.paused, self.disabled):
             self.look_at = 0
         self.config = row.config
         self.paused = row.paused
+        self.disabled = row.disabled
         self.interval = bucket.interval_of(row.config.rate) if row.config.rate else 0
         self.tat = max(self.tat, row.tat)
 
@@ -61,6 +66,8 @@ class QueueState:
         config = self.config
         if config.mode is Mode.PULL:
             return Decision(reason="workers lease from a pull queue")
+        if self.disabled:
+            return Decision(reason="disabled: it has left queue.yaml")
         if self.paused:
             return Decision(reason="paused")
         if config.rate == 0:

@@ -251,6 +251,20 @@ class Scheduler:
             at = min(at, look_at)
         return at
 
+    def flying(self, now: Micros, claims: Iterable[Claim], refusals: Iterable[Outcome]) -> dict[str, int]:
+        """Return how many tasks of which queue are in flight with these *claims*, where the store knows another number.
+
+        Said again within the lease, so that what a killed engine said ends with its leases. Changes no state.
+        """
+        refused = {outcome.id for outcome in refusals}
+        taken = _count(claim for claim in claims if claim.id not in refused)
+        stale = now - self._rules.lease // 2
+        return {
+            name: count
+            for name, queue in self._queues.items()
+            if (count := queue.in_flight + taken.get(name, 0)) != queue.flown or (count and queue.flown_at <= stale)
+        }
+
     # --- what the engine tells --------------------------------------------------------------------------------------
 
     def settled(self, now: Micros, outcomes: Sequence[Outcome], accepted: Sequence[bool]) -> list[Claim]:
@@ -303,6 +317,13 @@ class Scheduler:
                 queue.tat = bucket.spent(queue.tat, spec.interval, count, now)
         refused = {outcome.id for outcome in refusals}
         return [self._deliver(now, claim) for claim in claims if claim.id not in refused]
+
+    def flown(self, now: Micros, tasks: Mapping[str, int]) -> None:
+        """Take what the store was told to be in flight."""
+        for name, count in tasks.items():
+            queue = self._queues.get(name)
+            if queue is not None:
+                queue.flown, queue.flown_at = count, now
 
     def looked(self, now: Micros, peeked: Iterable[str], due: Mapping[str, Micros]) -> None:
         """Take what was found to be due next in the *peeked* queues."""

@@ -228,9 +228,12 @@ class Engine:
             due = tx.next_due(self._scheduler.drained(specs, claims))
             filled = self._scheduler.filled(now, specs, claims)
             fast_due = tx.next_due(filled, fail_fast=True)
+            flying = self._scheduler.flying(now, claims, refused)
+            tx.fly(self._node, now + self._lease, flying)
             self._step("commit")
         self._step("committed")
         self._unsettled.clear()  # only now: a failed begin or commit loses no outcome
+        self._scheduler.flown(now, flying)
         self._scheduler.looked(now, peeked, next_due)  # before what was settled after it: a retry may be due sooner
         for claim in self._scheduler.settled(now, outcomes, settled):
             self._give_up(claim)

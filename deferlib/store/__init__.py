@@ -6,7 +6,7 @@ opened with `deferlib.config.connect`; nobody else imports the modules beside th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -69,8 +69,15 @@ class Tx(Protocol):
     def queues(self) -> list[QueueRow]:
         """Return every queue."""
 
-    def put_queues(self, configs: Sequence[QueueConfig], source: QueueSource) -> None:
-        """Insert or update queues; a row from a higher source is left alone, and LIBRARY only inserts."""
+    def put_queues(
+        self,
+        configs: Sequence[QueueConfig],
+        source: QueueSource,
+        *,
+        said: Mapping[str, str] = {},
+        disabled: Collection[str] = (),
+    ) -> None:
+        """Insert or update queues, with what is *said* of them; LIBRARY only inserts. Enables all but the *disabled*."""
 
     def pause(self, queues: Sequence[str], paused: bool) -> int:
         """Pause or resume *queues*; return how many there are."""
@@ -81,6 +88,15 @@ class Tx(Protocol):
         An owner's leases end with its ownership, because both are given for the same time in the same transaction: who
         takes a queue over finds nothing of the former owner in flight.
         """
+
+    def fly(self, node: str, until: Micros, tasks: Mapping[str, int]) -> None:
+        """Say how many tasks of which queue *node* has in flight; that counts until *until*."""
+
+    def notes(self) -> dict[str, str]:
+        """Return the notes that engines leave for people and for each other."""
+
+    def put_note(self, name: str, value: str) -> None:
+        """Leave a note; '' takes it away."""
 
     def disown(self, node: str) -> None:
         """Give back every queue that *node* owns: it has nothing in flight."""

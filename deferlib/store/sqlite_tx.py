@@ -5,7 +5,7 @@ Safe to check and then write, statement by statement: SQLite has one writer, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NoReturn
 
@@ -219,6 +219,7 @@ class SqliteTx:
 
     def sweep(self, now: Micros, limit: int) -> int:
         swept = len(self._column("sweep_tombstones", {"now": now, "limit": limit}))
+        self._run("sweep_flights", {"now": now})
         minute = now // MINUTE - _KEEP_MINUTES
         return swept + len(self._column("sweep_minutes", {"minute": minute, "limit": limit - swept}))
 
@@ -226,6 +227,7 @@ class SqliteTx:
 
     def take_over(self, now: Micros, until: Micros) -> int:
         self._run("disown_all", {})
+        self._run("land_all", {})
         return len(self._column("end_leases", {"now": now, "until": until}))
 
     def find(self, queue: str | None, names: Sequence[str]) -> list[TaskRow]:
@@ -287,15 +289,25 @@ class SqliteTx:
                 tat=tat,
                 owner=owner,
                 owned_until=owned_until,
+                said=said,
+                disabled=bool(disabled),
             )
-            for config, source, paused, tat, owner, owned_until in self._rows("queues", {})
+            for config, source, paused, tat, owner, owned_until, said, disabled in self._rows("queues", {})
         ]
 
-    def put_queues(self, configs: Sequence[QueueConfig], source: QueueSource) -> None:
+    def put_queues(
+        self,
+        configs: Sequence[QueueConfig],
+        source: QueueSource,
+        *,
+        said: Mapping[str, str] = {},
+        disabled: Collection[str] = (),
+    ) -> None:
         query = "insert_queue" if source is QueueSource.LIBRARY else "put_queue"
         for config in configs:
-            values = {"name": config.name, "mode": str(config.mode), "config": config.to_json(), "source": str(source)}
-            self._run(query, values)
+            name = config.name
+            values = {"name": name, "mode": str(config.mode), "config": config.to_json(), "source": str(source)}
+            self._run(query, {**values, "said": said.get(name, ""), "disabled": int(name in disabled)})
 
     def pause(self, queues: Sequence[str], paused: bool) -> int:
         return sum(self._value("pause", {"queue": name, "paused": int(paused)}) is not None for name in queues)
@@ -307,6 +319,16 @@ class SqliteTx:
             if row:
                 owned[queue] = Limiter._make(row[0])
         return owned
+
+    def fly(self, node: str, until: Micros, tasks: Mapping[str, int]) -> None:
+        for queue, count in tasks.items():
+            self._run("fly" if count else "land", {"queue": queue, "node": node, "tasks": count, "until": until})
+
+    def notes(self) -> dict[str, str]:
+        return {name: value for name, value in self._rows("notes", {})}
+
+    def put_note(self, name: str, value: str) -> None:
+        self._run("put_note" if value else "drop_note", {"name": name, "value": value})
 
     def disown(self, node: str) -> None:
         self._run("disown", {"node": node})

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deferlib.core.model import (
-    DAY,
     Action,
     AddResult,
     Claim,
@@ -178,10 +177,6 @@ class Model:
 
     def fast(self, queue: str) -> list[Entry]:
         return [entry for entry in self.live(queue) if entry.task.fail_fast]
-
-    def in_flight(self, now: Micros, queue: str) -> int:
-        dues = [(entry.due or 0, entry.eta) for entry in self.live(queue)]
-        return sum(now < due <= now + DAY and due > eta for due, eta in dues)
 
     def letters(self, queue: str) -> list[Entry]:
         return sorted((each for each in self.dead.values() if each.task.queue == queue), key=lambda each: each.task.id)

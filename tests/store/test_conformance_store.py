@@ -59,10 +59,10 @@ def test_queues_come_back_as_put(store: Store) -> None:
     [
         *((LIBRARY, LIBRARY, 1), (LIBRARY, FILE, 2), (LIBRARY, COMMAND, 2)),
         *((FILE, LIBRARY, 1), (FILE, FILE, 2), (FILE, COMMAND, 2)),
-        *((COMMAND, LIBRARY, 1), (COMMAND, FILE, 1), (COMMAND, COMMAND, 2)),
+        *((COMMAND, LIBRARY, 1), (COMMAND, FILE, 2), (COMMAND, COMMAND, 2)),
     ],
 )
-def test_higher_source_wins(store: Store, first: QueueSource, second: QueueSource, wins: int) -> None:
+def test_later_source_wins_but_the_library(store: Store, first: QueueSource, second: QueueSource, wins: int) -> None:
     put(store, first, QueueConfig(name="q", rate=1))
     put(store, second, QueueConfig(name="q", rate=2))
 
@@ -313,18 +313,52 @@ def test_stats_tell_the_last_minute(store: Store) -> None:
     assert seen(minute + 3 * MINUTE) == (0, 0)
 
 
-def test_stats_tell_what_is_in_flight(store: Store) -> None:
-    def in_flight(now: int = NOW) -> int:
-        return stats(store, now=now).in_flight
+def test_stats_tell_what_engines_have_in_flight(store: Store) -> None:
+    def in_flight(queue: str = "default", now: int = NOW) -> int:
+        return stats(store, queue, now=now).in_flight
 
-    add(store, *(task(id) for id in range(5)), task(7, eta=NOW + 5), task(8, queue="other"))
-    claims = claim(store, spec(), spec("other"))
-    assert (in_flight(), stats(store, "other").in_flight) == (5, 1), "and not what is scheduled"
+    def fly(node: str, until: int, **tasks: int) -> None:
+        store.run(lambda tx: tx.fly(node, until, tasks))
 
-    settle(store, outcome(claims[0], Action.DONE), outcome(claims[1], Action.RETRY, NOW + 9))
-    settle(store, outcome(claims[2], Action.RELEASE, NOW + 9), outcome(claims[3], Action.RENEW, NOW + 2 * LEASE))
+    assert in_flight() == 0
+    fly("a", NOW + 10, default=3, other=1)
+    fly("b", NOW + 20, default=2)
+    assert (in_flight(), in_flight("other")) == (5, 1)
+
+    fly("a", NOW + 30, default=4)
+    assert (in_flight(), in_flight("other")) == (6, 1), "said anew; the other queue as before"
+    assert [in_flight(now=NOW + at) for at in (19, 20, 29, 30)] == [6, 4, 4, 0], "what an engine said ends with its leases"
+    fly("a", NOW + 30, default=0)
     assert in_flight() == 2
-    assert [in_flight(NOW + LEASE - 1), in_flight(NOW + LEASE), in_flight(NOW + 2 * LEASE)] == [2, 1, 0], "it ran out"
+    store.run(lambda tx: tx.sweep(NOW + 15, 10))
+    assert (in_flight(), in_flight("other")) == (2, 0)
+    store.run(lambda tx: tx.take_over(NOW, NOW))
+    assert in_flight() == 0
+
+
+def test_notes_are_kept_until_they_are_empty(store: Store) -> None:
+    def notes() -> dict[str, str]:
+        with store.read() as tx:
+            return tx.notes()
+
+    assert notes() == {}
+    store.run(lambda tx: tx.put_note("queue_file", "x"))
+    store.run(lambda tx: tx.put_note("queue_file", "é"))
+    store.run(lambda tx: tx.put_note("other", "y"))
+    assert notes() == {"queue_file": "é", "other": "y"}
+    store.run(lambda tx: tx.put_note("other", ""))
+    assert notes() == {"queue_file": "é"}
+
+
+def test_queue_says_where_it_comes_from_and_whether_it_is_disabled(store: Store) -> None:
+    config = QueueConfig(name="q")
+    store.run(lambda tx: tx.put_queues([config], FILE, said={"q": "text", "x": "y"}, disabled=["q"]))
+    assert (rows(store)["q"].said, rows(store)["q"].disabled) == ("text", True)
+    put(store, LIBRARY, config)
+    assert (rows(store)["q"].said, rows(store)["q"].disabled) == ("text", True)
+
+    put(store, FILE, config)
+    assert (rows(store)["q"].said, rows(store)["q"].disabled) == ("", False)
 
 
 def test_stats_of_queues_in_the_order_asked(store: Store) -> None:

@@ -222,7 +222,6 @@ class StoreMachine(RuleBasedStateMachine):
         assert due == {queue: entries[0].due for queue in queues if (entries := model.live(queue))}
         assert fast_due == {queue: entries[0].due for queue in queues if (entries := model.fast(queue))}
         assert [each.oldest_due for each in stats] == [due.get(queue) for queue in queues]
-        assert [each.in_flight for each in stats] == [model.in_flight(self.now, queue) for queue in queues]
         assert tats == model.tat
         shown = {queue: [[_whole(entry) for entry in model.shown(queue, name)] for name in some] for queue in queues}
         assert found == shown

@@ -13,7 +13,7 @@ import apsw
 import pytest
 
 from deferlib import errors
-from deferlib.core.model import Action, QueueSource
+from deferlib.core.model import Action
 from deferlib.store import queries
 from deferlib.store.sqlite import SqliteStore
 from deferlib.store.sqlite_file import APPLICATION_ID
@@ -235,8 +235,9 @@ def old(path: Path) -> SqliteTx:
     connection.pragma("user_version", 1)
     connection.execute(queries.migrations("sqlite")[1])
     connection.pragma("journal_mode", "wal")
+    insert = "insert into queues (name, mode, config, source) values (?, ?, ?, 'library')"  # as schema 1's process does
+    connection.executemany(insert, [(queue.name, str(queue.mode), queue.to_json()) for queue in QUEUES])
     tx = SqliteTx(connection, str(path))
-    tx.put_queues(QUEUES, QueueSource.LIBRARY)
     tx.add(NOW, [task(1, fail_fast=1), task(2)])
     return tx
 

@@ -2,24 +2,24 @@
 select mode from queues where name = :queue
 
 -- name: queues
-select config, source, paused, tat, owner, owned_until from queues order by name
+select config, source, paused, tat, owner, owned_until, said, disabled from queues order by name
 
 -- name: queue_config
 select config from queues where name = :queue
 
 -- name: insert_queue
-insert into queues (name, mode, config, source)
-values (:name, :mode, :config, :source)
+insert into queues (name, mode, config, source, said, disabled)
+values (:name, :mode, :config, :source, :said, :disabled)
 on conflict (name) do nothing
 
 -- name: put_queue
--- What a command put stays until it is cleared; what a file says replaces what the library inserted.
-insert into queues (name, mode, config, source)
-values (:name, :mode, :config, :source)
+insert into queues (name, mode, config, source, said, disabled)
+values (:name, :mode, :config, :source, :said, :disabled)
 on conflict (name) do update
-set mode = excluded.mode, config = excluded.config, source = excluded.source
-where (queues.source <> 'command' or excluded.source = 'command')
-    and (queues.config <> excluded.config or queues.source <> excluded.source)
+set mode = excluded.mode, config = excluded.config, source = excluded.source, said = excluded.said,
+    disabled = excluded.disabled
+where (queues.config, queues.source, queues.said, queues.disabled)
+    <> (excluded.config, excluded.source, excluded.said, excluded.disabled)
 
 -- name: pause
 update queues set paused = :paused where name = :queue returning name
@@ -35,6 +35,35 @@ update queues set owner = '', owned_until = 0 where owner = :node
 
 -- name: disown_all
 update queues set owner = '', owned_until = 0 where owner <> ''
+
+-- name: fly
+insert into flights (queue, node, tasks, until)
+values (:queue, :node, :tasks, :until)
+on conflict (queue, node) do update
+set tasks = excluded.tasks, until = excluded.until
+
+-- name: land
+delete from flights where queue = :queue and node = :node
+
+-- name: land_all
+delete from flights
+
+-- name: in_flight
+select coalesce(sum(tasks), 0) from flights where queue = :queue and until > :now
+
+-- name: sweep_flights
+-- Those of engines that were killed.
+delete from flights where until <= :now returning queue
+
+-- name: notes
+select name, value from notes
+
+-- name: put_note
+insert into notes (name, value) values (:name, :value)
+on conflict (name) do update set value = excluded.value
+
+-- name: drop_note
+delete from notes where name = :name
 
 -- name: spend
 update queues set tat = max(tat, :now) + :spent where name = :queue

@@ -223,10 +223,6 @@ select min(due) from tasks where queue = :queue and due is not null
 -- name: next_due_fast
 select min(due) from tasks where queue = :queue and due is not null and fail_fast = 1
 
--- name: in_flight
--- No lease of a push queue is longer than a day: what is scheduled for later isn't walked.
-select count(*) from tasks where queue = :queue and due > :now and due <= :now + 86400000000 and due > eta
-
 -- name: ids_by_name
 select id, 0 as dead, due is null as tombstone from tasks where queue = :queue and name = :name
 union all
