@@ -18,6 +18,7 @@ from deferlib.errors import (
     DeferredError,
     InvalidDispatchDeadlineError,
     NotAvailableError,
+    PayloadUnverifiedError,
     PermanentTaskFailure,
     SingularTaskFailure,
     TokenError,
@@ -42,7 +43,6 @@ __all__ = [
 
 Error = DeferredError
 DEFAULT_URL = "/_ah/queue/deferred"
-_HEADERS = {"Content-Type": "application/octet-stream"}
 _RESERVED = (
     "_countdown", "_eta", "_headers", "_name", "_queue", "_retry_options", "_target", "_transactional", "_url"
 )  # fmt: skip
@@ -170,19 +170,18 @@ def _prepare(
     if not callable(fn):
         raise ValueError(f"a callable is needed to defer, not {fn!r}; say defer(fn, argument), not defer(fn(argument))")
     _check_underscores(fn, kwargs)
-    queue = Queue(options.queue)
     task = Task.of_call(
         payload.dump_call(fn, args, kwargs),
         name=options.name,
         url=options.url or "",
-        headers=_headers(options.headers) if options.headers else _HEADERS,
+        headers=options.headers,
         countdown=options.countdown,
         eta=options.eta,
         retry_options=options.retry_options,
         target=options.target,
         dispatch_deadline_usec=None if options.deadline is None else _micros(options.deadline),
     )
-    return queue, task
+    return Queue(options.queue), task
 
 
 def _micros(seconds: float) -> int:
@@ -190,12 +189,6 @@ def _micros(seconds: float) -> int:
         return round(seconds * 1e6)
     except (ValueError, OverflowError):  # NaN, infinite
         raise InvalidDispatchDeadlineError(f"deadline is {seconds!r}: a number of seconds is needed") from None
-
-
-def _headers(given: Mapping[str, str]) -> dict[str, str]:
-    if any(name.lower() == "content-type" for name in given):
-        return dict(given)
-    return {**_HEADERS, **given}
 
 
 def _check_underscores(fn: Callable[..., Any], kwargs: Iterable[str]) -> None:
@@ -242,23 +235,25 @@ def run(data: bytes) -> Any:
     A payload that can't be verified or decoded raises a `PayloadError`, before anything of it is run; what the call
     raises comes through.
     """
-    envelope = payload.verify(data, config.runtime().ring, None)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise PayloadUnverifiedError(f"a payload is bytes, as serialize() returns them, not {type(data).__name__}")
+    envelope = payload.verify(bytes(data), config.runtime().ring, None)
     fn, args, kwargs = payload.load_call(envelope)
     return attempt.finished(fn(*args, **kwargs))
 
 
-def invoke_member(obj: object, membername: str, /, *args: Any, **kwargs: Any) -> Any:
+def invoke_member(obj: object, membername: str, *args: Any, **kwargs: Any) -> Any:
     """Call a method by its name and return its value. App Engine pickled methods by this; deferlib needs it no more."""
     return getattr(obj, membername)(*args, **kwargs)
 
 
-def set_log_level(level: int) -> None:
+def set_log_level(log_level: int) -> None:
     """Set the level at which each call's `X-AppEngine-*` headers are logged, on one line; INFO unless it is set.
 
     The logger is `deferlib.handler.headers`.
     """
     global _log_level
-    _log_level = logging._checkLevel(level)  # type: ignore[attr-defined]  # as Logger.setLevel does
+    _log_level = logging._checkLevel(log_level)  # type: ignore[attr-defined]  # as Logger.setLevel does
 
 
 class Handler:

@@ -19,19 +19,23 @@ class Error(Exception):
 # --- adding tasks: App Engine's names -------------------------------------------------------------------------------
 
 
-class UnknownQueueError(Error):
+class TaskQueueError(Error):
+    """The base of what tasks, queues and the store raise: `taskqueue.Error`."""
+
+
+class UnknownQueueError(TaskQueueError):
     """The queue does not exist in the store."""
 
 
-class TransientError(Error):
+class TransientError(TaskQueueError):
     """The store could not serve this call now; the same call may succeed in a moment."""
 
 
-class InternalError(Error):
+class InternalError(TaskQueueError):
     """deferlib met a state that its own rules exclude; please report it."""
 
 
-class InvalidQueueError(Error):
+class InvalidQueueError(TaskQueueError):
     """The queue's configuration is invalid."""
 
 
@@ -39,7 +43,7 @@ class InvalidQueueNameError(InvalidQueueError):
     """A queue's name is 1 to 100 letters, digits and hyphens."""
 
 
-class InvalidTaskError(Error):
+class InvalidTaskError(TaskQueueError):
     """The task's arguments contradict each other or are out of range."""
 
 
@@ -71,63 +75,63 @@ class TombstonedTaskError(InvalidTaskError):
     """A task of this name was in the queue before; the name is free again when its tombstone expires."""
 
 
-class DuplicateTaskNameError(Error):
+class DuplicateTaskNameError(TaskQueueError):
     """One call may not add or delete two tasks of the same name."""
 
 
-class TooManyTasksError(Error):
+class TooManyTasksError(TaskQueueError):
     """Too many tasks in one call."""
 
 
-class BadTaskStateError(Error):
+class BadTaskStateError(TaskQueueError):
     """The task was added or deleted before; build a new Task to add it again."""
 
 
-class BadTransactionStateError(Error):
+class BadTransactionStateError(TaskQueueError):
     """A transactional add needs a transaction."""
 
 
-class DatastoreError(Error):
+class DatastoreError(TaskQueueError):
     """The datastore failed."""
 
 
-class PermissionDeniedError(Error):
+class PermissionDeniedError(TaskQueueError):
     """The operation is not allowed on this queue."""
 
 
-class InvalidTaskRetryOptionsError(Error):
+class InvalidTaskRetryOptionsError(TaskQueueError):
     """The retry options contradict each other or are out of range."""
 
 
-class InvalidLeaseTimeError(Error):
+class InvalidLeaseTimeError(TaskQueueError):
     """A lease lasts from 0 seconds to 7 days."""
 
 
-class InvalidMaxTasksError(Error):
+class InvalidMaxTasksError(TaskQueueError):
     """One call leases from 1 to 1,000 tasks."""
 
 
-class InvalidDeadlineError(Error):
+class InvalidDeadlineError(TaskQueueError):
     """A deadline is a number of seconds above 0."""
 
 
-class InvalidQueueModeError(Error):
+class InvalidQueueModeError(TaskQueueError):
     """A push queue takes push tasks, a pull queue tasks of method PULL."""
 
 
-class TaskLeaseExpiredError(Error):
+class TaskLeaseExpiredError(TaskQueueError):
     """The lease on the task has expired, or belongs to another worker now."""
 
 
-class QueuePausedError(Error):
+class QueuePausedError(TaskQueueError):
     """The queue is paused."""
 
 
-class InvalidTagError(Error):
+class InvalidTagError(TaskQueueError):
     """A tag has at most 500 characters."""
 
 
-class InvalidDispatchDeadlineError(Error):
+class InvalidDispatchDeadlineError(TaskQueueError):
     """A dispatch deadline is between 15 seconds and 24 hours, in microseconds."""
 
 
@@ -215,7 +219,7 @@ class NotAvailableError(Error, NotImplementedError):
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
-class StoreError(Error):
+class StoreError(TaskQueueError):
     """The store failed."""
 
 

@@ -5,7 +5,6 @@ from deferlib.errors import (
     BadTransactionStateError,
     DatastoreError,
     DuplicateTaskNameError,
-    Error,
     InternalError,
     InvalidDeadlineError,
     InvalidDispatchDeadlineError,
@@ -25,6 +24,7 @@ from deferlib.errors import (
     RPCDeadlineExceededError,
     TaskAlreadyExistsError,
     TaskLeaseExpiredError,
+    TaskQueueError,
     TaskTooLargeError,
     TombstonedTaskError,
     TooManyTasksError,
@@ -54,6 +54,7 @@ from deferlib.taskqueue.rules import DEFAULT_APP_VERSION
 from deferlib.taskqueue.statistics import QueueStatistics
 from deferlib.taskqueue.task import Task
 
+Error = TaskQueueError
 BadTransactionState = BadTransactionStateError
 
 __all__ = [

@@ -73,19 +73,21 @@ class Headers(MutableMapping[str, "str | list[str]"]):
 
 def checked_value(name: str, value: object) -> str | list[str]:
     """Return a header's value, of several a list; `InvalidTaskError` if it can't be sent."""
-    if isinstance(value, str):
-        _check_line(name, value)
-        return value
-    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
-        raise InvalidTaskError(f"header {name}: its value is a string or a list of strings, not {type(value).__name__}")
-    values = list(value)
-    for each in values:
-        if not isinstance(each, str):
-            raise InvalidTaskError(f"header {name}: each of its values is a string, not {type(each).__name__}")
-        _check_line(name, each)
-    return values
+    if isinstance(value, Mapping):
+        raise InvalidTaskError(f"header {name}: its value is text or a list of texts, not a mapping")
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return _line(name, value)
+    return [_line(name, each) for each in value]
 
 
-def _check_line(name: str, value: str) -> None:
+def _line(name: str, value: object) -> str:
+    """Return one value as text: App Engine takes numbers, too."""
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    elif isinstance(value, int | float | None):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InvalidTaskError(f"header {name}: its value is text or a list of texts, not {type(value).__name__}")
     if not all(char == "\t" or "\x20" <= char <= "\x7e" or "\x80" <= char <= "\xff" for char in value):
         raise InvalidTaskError(f"header {name}: its value is a line of text in Latin-1")
+    return value

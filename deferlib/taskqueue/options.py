@@ -7,6 +7,8 @@ import math
 from deferlib.core.backoff import options_text
 from deferlib.errors import InvalidTaskRetryOptionsError
 
+_MOST = 2**31 - 1
+
 
 def shown(value: object, longest: int = 200) -> str:
     """Return *value* for an error message: whatever it is, and however long."""
@@ -31,20 +33,21 @@ class TaskRetryOptions:
         max_doublings: int | None = None,
         task_retry_limit: int | None = None,
     ) -> None:
-        given = {
-            "min_backoff_seconds": min_backoff_seconds,
-            "max_backoff_seconds": max_backoff_seconds,
-            "task_age_limit": task_age_limit,
-            "max_doublings": max_doublings,
-            "task_retry_limit": task_retry_limit,
-        }
-        for name, value in given.items():
-            if value is not None and not _in_range(value):
-                raise InvalidTaskRetryOptionsError(f"{name} is {shown(value)}; a number from 0 to 2147483647 is needed")
-        if None not in (min_backoff_seconds, max_backoff_seconds) and max_backoff_seconds < min_backoff_seconds:  # type: ignore[operator]  # neither is None
+        if isinstance(max_backoff_seconds, float) and max_backoff_seconds == math.inf:  # no limit: as long as can be kept
+            max_backoff_seconds = _MOST
+        _check("min_backoff_seconds", min_backoff_seconds)
+        _check("max_backoff_seconds", max_backoff_seconds)
+        if (
+            min_backoff_seconds is not None
+            and max_backoff_seconds is not None
+            and max_backoff_seconds < min_backoff_seconds
+        ):
             raise InvalidTaskRetryOptionsError(
                 f"max_backoff_seconds ({max_backoff_seconds}) is smaller than min_backoff_seconds ({min_backoff_seconds})"
             )
+        _check("max_doublings", max_doublings)
+        _check("task_retry_limit", task_retry_limit)
+        _check("task_age_limit", task_age_limit)
         self._min_backoff = min_backoff_seconds
         self._max_backoff = max_backoff_seconds
         self._task_age_limit = None if task_age_limit is None else math.ceil(task_age_limit)
@@ -90,13 +93,17 @@ class TaskRetryOptions:
         fields = (
             "min_backoff_seconds", "max_backoff_seconds", "task_age_limit", "max_doublings", "task_retry_limit"
         )  # fmt: skip
-        given = (f"{name}={getattr(self, name)!r}" for name in fields if getattr(self, name) is not None)
-        return f"TaskRetryOptions({', '.join(given)})"
+        return f"TaskRetryOptions({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
+
+
+def _check(name: str, value: float | None) -> None:
+    if value is not None and not _in_range(value):
+        raise InvalidTaskRetryOptionsError(f"{name} is {shown(value)}; a number from 0 to {_MOST} is needed")
 
 
 def _in_range(value: float) -> bool:
     """Tell whether *value* can be an option; TypeError, from the comparison, if it is no number."""
     try:
-        return 0 <= value < 2**31
+        return 0 <= value <= _MOST
     except ArithmeticError:  # a signalling NaN
         return False

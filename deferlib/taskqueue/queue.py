@@ -15,6 +15,7 @@ from deferlib.errors import (
     DuplicateTaskNameError,
     EnqueueUnknownError,
     Error,
+    InternalError,
     InvalidLeaseTimeError,
     InvalidMaxTasksError,
     InvalidQueueModeError,
@@ -81,7 +82,6 @@ class Queue:
 
     def add_async(self, task: Task | Iterable[Task], transactional: bool = False, rpc: UserRPC | None = None) -> UserRPC:
         """Do what `add` does in the background: `get_result()` returns the tasks, or raises what the store says."""
-        check_rpc(rpc)
         return (self._adding(task, transactional) or _NOTHING).start("BulkAdd", rpc)
 
     def _adding(self, task: Task | Iterable[Task], transactional: bool) -> _Operation | None:
@@ -104,17 +104,19 @@ class Queue:
         return _Operation(tasks, work, finish)
 
     def _check(self, tasks: Sequence[Task]) -> None:
+        if len({task.method == "PULL" for task in tasks}) > 1:
+            raise InvalidTaskError("one call adds push tasks or pull tasks, not both")
         most = config.runtime().limits.tasks_per_add
         if len(tasks) > most:
             raise TooManyTasksError(f"{len(tasks)} tasks in one call, at most {most} are allowed")
-        objects = set()
+        names: set[str] = set()
+        objects: set[int] = set()
         for task in tasks:
+            if task.name is not None:
+                _refuse_twin(task.name, names)
             if task.was_enqueued or id(task) in objects:
                 raise BadTaskStateError(f"{task!r} was added before; build a new Task to add it again")
             objects.add(id(task))
-        _check_names([task.name for task in tasks if task.name is not None])
-        if len({task.method == "PULL" for task in tasks}) > 1:
-            raise InvalidTaskError("one call adds push tasks or pull tasks, not both")
 
     def _store(self, runtime: config.Runtime, tasks: Sequence[Task], rows: list[Any]) -> list[AddResult]:
         def work(tx: Tx) -> list[AddResult]:
@@ -154,7 +156,7 @@ class Queue:
                     kind = "pull" if task.method == "PULL" else "push"
                     problems.append(InvalidQueueModeError(f"queue {self._name!r} doesn't take {kind} tasks"))
                 case AddResult.COLLIDED:
-                    problems.append(Error("no free id was found; the random source of this machine repeats itself"))
+                    problems.append(InternalError("no free id was found; the random source of this machine repeats itself"))
                 case AddResult.TAKEN:
                     collisions.append(
                         TaskAlreadyExistsError(f"queue {self._name!r} has a task named {task.name!r} already")
@@ -186,7 +188,6 @@ class Queue:
 
     def delete_tasks_async(self, task: Task | Iterable[Task], rpc: UserRPC | None = None) -> UserRPC:
         """Do what `delete_tasks` does in the background."""
-        check_rpc(rpc)
         return (self._deleting(task) or _NOTHING).start("Delete", rpc)
 
     def delete_tasks_by_name(self, task_name: str | Iterable[str]) -> Task | list[Task]:
@@ -200,13 +201,14 @@ class Queue:
     def _deleting(self, task: Task | Iterable[Task]) -> _Operation | None:
         tasks, alone = _tasks(task)
         names: list[str] = []
+        seen: set[str] = set()
         for each in tasks:
             if each.name is None:
                 raise BadTaskStateError(f"{each!r} has no name to be deleted by")
             if each.was_deleted:
                 raise BadTaskStateError(f"{each!r} was deleted before")
+            _refuse_twin(each.name, seen)
             names.append(each.name)
-        _check_names(names)
         if not tasks:
             return None
         runtime = config.runtime()
@@ -257,13 +259,11 @@ class Queue:
 
         Raises TypeError, `InvalidLeaseTimeError`, `InvalidMaxTasksError`, `InvalidDeadlineError`.
         """
-        check_deadline(deadline)
-        raise _not_leased(lease_seconds, max_tasks)
+        raise _not_leased(lease_seconds, max_tasks, deadline)
 
     def lease_tasks_async(self, lease_seconds: float, max_tasks: int, rpc: UserRPC | None = None) -> UserRPC:
         """Do what `lease_tasks` does in the background."""
-        check_rpc(rpc)
-        raise _not_leased(lease_seconds, max_tasks)
+        raise _not_leased(lease_seconds, max_tasks, rpc=rpc)
 
     def lease_tasks_by_tag(
         self, lease_seconds: float, max_tasks: int, tag: str | None = None, deadline: float = 10
@@ -272,17 +272,13 @@ class Queue:
 
         Raises TypeError, `InvalidLeaseTimeError`, `InvalidMaxTasksError`, `InvalidTagError`, `InvalidDeadlineError`.
         """
-        check_deadline(deadline)
-        rules.tag_of(tag, config.runtime().limits)
-        raise _not_leased(lease_seconds, max_tasks)
+        raise _not_leased(lease_seconds, max_tasks, deadline, tag=tag)
 
     def lease_tasks_by_tag_async(
         self, lease_seconds: float, max_tasks: int, tag: str | None = None, rpc: UserRPC | None = None
     ) -> UserRPC:
         """Do what `lease_tasks_by_tag` does in the background."""
-        check_rpc(rpc)
-        rules.tag_of(tag, config.runtime().limits)
-        raise _not_leased(lease_seconds, max_tasks)
+        raise _not_leased(lease_seconds, max_tasks, rpc=rpc, tag=tag)
 
     def modify_task_lease(self, task: Task, lease_seconds: float) -> None:
         """Change how long a task is leased. Not available in this version: `NotAvailableError`.
@@ -331,6 +327,7 @@ class _Operation(NamedTuple):
             done.check_success()
             return self.finish(done.response)
 
+        check_rpc(rpc)
         call = rpc or create_rpc()
         call.make_call(method, self.request, self.work, result)
         return call
@@ -356,22 +353,25 @@ def _named(names: str | Iterable[str]) -> Task | list[Task]:
     return Task(name=names) if isinstance(names, str) else [Task(name=name) for name in names]
 
 
-def _check_names(names: Sequence[str]) -> None:
-    seen = set()
-    for name in names:
-        if name in seen:
-            raise DuplicateTaskNameError(f"two tasks of this call are named {name!r}")
-        seen.add(name)
+def _refuse_twin(name: str, seen: set[str]) -> None:
+    if name in seen:
+        raise DuplicateTaskNameError(f"two tasks of this call are named {name!r}")
+    seen.add(name)
 
 
-def _not_leased(lease_seconds: object, max_tasks: object) -> NotAvailableError:
+def _not_leased(
+    lease_seconds: object, max_tasks: object, deadline: object = 1, *, rpc: object = None, tag: object = None
+) -> NotAvailableError:
     """Return the error of leasing, once the arguments are right."""
+    check_deadline(deadline)
     _check_lease(lease_seconds)
     if not isinstance(max_tasks, int):
         raise TypeError(f"max_tasks is a whole number, not {type(max_tasks).__name__}")
     most = config.runtime().limits.tasks_per_lease
     if not 0 < max_tasks <= most:
         raise InvalidMaxTasksError(f"max_tasks is {shown(max_tasks)}; 1 to {most} are allowed")
+    rules.tag_of(tag, config.runtime().limits)
+    check_rpc(rpc)
     return NotAvailableError(_NOT_LEASED)
 
 

@@ -42,8 +42,10 @@ _KEPT = frozenset({CURRENT_NAMESPACE.lower(), DEFAULT_NAMESPACE.lower(), FAIL_FA
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _ENGINE_HEADERS = ("x-appengine-", "x-cloudtasks-", "x-deferlib-")
 _TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+_BLANKS = "".join(map(chr, range(33)))
 _SAFE = "/?&=%:@!$'()*+,;~-._[]"  # what stands for itself in a URL
 _FIRST: Micros = -62_135_596_800 * SECOND  # the year 1
+_FAR = 1e12  # seconds: beyond any time there is
 _LAST: Micros = 253_370_764_800 * SECOND  # the year 9999
 
 CALL_HEADERS_GIVEN = {"Content-Type": "application/octet-stream"}  # of a deferred call without headers of its own
@@ -87,23 +89,24 @@ def url_of(url: object, limits: Limits) -> str:
 
 @lru_cache(maxsize=256)  # 2 µs of the 3 that checking takes: an app's tasks share a few URLs
 def _sent(url: str, longest: int) -> str:
+    url = url.lstrip(_BLANKS).rstrip("\t\r\n")  # as App Engine's parser does
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", url):
+        raise InvalidUrlError(f"url {shown(url)}: control characters can't be sent")
     try:
-        scheme, netloc, path, _query, fragment = urlsplit(url)
+        scheme, netloc, path, query, fragment = urlsplit(url)
     except ValueError as error:
         raise InvalidUrlError(f"url {shown(url)}: {error}") from None
-    if scheme or netloc or fragment or not path.startswith("/") or re.search(r"[\x00-\x1f\x7f\ud800-\udfff#\\]", url):
-        raise InvalidUrlError(
-            f"url {shown(url)}: a path that starts with '/' is needed, without scheme, host, fragment or control characters"
-        )
+    if scheme or netloc or fragment or not path.startswith("/"):
+        raise InvalidUrlError(f"url {shown(url)}: a path that starts with '/' is needed, without scheme, host and fragment")
     if not {".", ".."}.isdisjoint(path.lower().replace("%2e", ".").split("/")):
         # libcurl and proxies resolve them, and the token would be for another path than the one that arrives
         raise InvalidUrlError(f"url {shown(url)}: a path without '.' and '..' is needed")
     if len(path) > longest:
         raise InvalidUrlError(f"the url's path has {len(path)} characters, at most {longest} are allowed")
-    sent = quote(url, safe=_SAFE)
-    if len(sent.partition("?")[0]) > appengine.SAFE_URL_BYTES:  # it stands in the dispatch token too
+    sent = quote(path, safe=_SAFE)
+    if len(sent) > appengine.SAFE_URL_BYTES:  # it stands in the dispatch token too
         raise InvalidUrlError(f"the url's path has more than {appengine.SAFE_URL_BYTES} bytes as it is sent")
-    return sent
+    return f"{sent}?{quote(query, safe=_SAFE)}" if query else sent
 
 
 def with_query(url: str, params: str, limits: Limits) -> str:
@@ -218,7 +221,7 @@ def _bytes(payload: object) -> bytes | None:
 
 
 def _type_of(payload: object) -> str:
-    return "text/plain; charset=utf-8" if isinstance(payload, str) else ""
+    return "text/plain; charset=utf-8" if payload and isinstance(payload, str) else ""
 
 
 # --- headers, namespace, target -------------------------------------------------------------------------------------
@@ -240,10 +243,12 @@ def headers_of(headers: object) -> Headers:
 
 
 def _checked(headers: object) -> Headers:
-    if not isinstance(headers, Mapping):
-        raise InvalidTaskError(f"headers is a mapping of names and values, not {type(headers).__name__}")
+    try:
+        given = headers.items() if isinstance(headers, Mapping) else dict(headers).items()  # type: ignore[call-overload]  # pairs, perhaps
+    except (TypeError, ValueError):
+        raise InvalidTaskError(f"headers is a mapping of names and values, not {shown(headers)}") from None
     kept = Headers()
-    for name, value in headers.items():
+    for name, value in given:
         if not isinstance(name, str) or not _HEADER_NAME.match(name):
             raise InvalidTaskError(f"header name {shown(name)}: letters, digits and hyphens are allowed")
         checked = checked_value(name, value)
@@ -280,10 +285,10 @@ def fails_fast(headers: Headers) -> bool:
 def target_of(target: object, headers: Headers) -> tuple[str, str | _Version | None]:
     """Return the target to keep ('' for the queue's or the default one), and what `Task.target` shows."""
     host = headers.get("Host") if headers else None
+    if target is not None and host is not None:
+        raise InvalidTaskError("give a target or a Host header, not both")
     if not target:
         return ("", None) if host is None else _target_of_host(host)
-    if host is not None:
-        raise InvalidTaskError("give a target or a Host header, not both")
     if target is DEFAULT_APP_VERSION:
         return "", DEFAULT_APP_VERSION
     if not isinstance(target, str) or not _TARGET.match(target):
@@ -329,7 +334,7 @@ def eta_of(countdown: Any, eta: object, now: Micros, limits: Limits) -> Micros:
             raise InvalidTaskError(f"countdown {shown(countdown)}: {error}") from None
         if not math.isfinite(seconds):
             raise InvalidTaskError(f"countdown {shown(countdown)}: a finite number of seconds is needed")
-        at = round(now + seconds * SECOND)
+        at = round(now + min(max(seconds, -_FAR), _FAR) * SECOND)
     else:
         return now
     if at - now > limits.eta_seconds * SECOND:
@@ -342,6 +347,8 @@ def eta_of(countdown: Any, eta: object, now: Micros, limits: Limits) -> Micros:
 def tag_of(tag: object, limits: Limits) -> str:
     if tag is None:
         return ""
+    if isinstance(tag, bytes):
+        tag = tag.decode("utf-8", "surrogateescape")
     if not isinstance(tag, str):
         raise InvalidTagError(f"a tag is a string, not {type(tag).__name__}")
     if len(tag) > limits.tag_length:

@@ -57,7 +57,6 @@ class QueueStatistics:
         cls, queue_or_queues: str | Queue | Iterable[str] | Iterable[Queue], rpc: UserRPC | None = None
     ) -> UserRPC:
         """Do what `fetch` does in the background."""
-        check_rpc(rpc)
         queues, several = _queues(queue_or_queues)
         if len({queue._app for queue in queues}) > 1:
             raise InvalidQueueError("the queues of one call belong to one application")
@@ -74,6 +73,7 @@ class QueueStatistics:
             statistics = [_of(queue, *each) for queue, each in zip(queues, found, strict=True)]
             return statistics if several else statistics[0]
 
+        check_rpc(rpc)
         call = rpc or create_rpc()
         call.make_call("FetchQueueStats", names, work, result)
         return call

@@ -73,7 +73,7 @@ class Task:
         self._method = rules.method_of(method)
         if tag is not None and self._method != "PULL":
             raise InvalidTaskError("only a task of method PULL has a tag")
-        content_type = ""
+        content_type = "application/octet-stream"
         self._payload = None
         if _call is None:
             self._payload, query, content_type = rules.content_of(
@@ -82,11 +82,13 @@ class Task:
         elif "?" in url:
             raise InvalidTaskError("the url of a deferred call has no query")
         self._url = rules.with_query(url, query, limits) if query or len(url) > SAFE_URL_BYTES else url
-        self._headers = rules.headers_of(headers)
-        if content_type and "Content-Type" not in self._headers:
+        self._headers = rules.headers_of(rules.CALL_HEADERS_GIVEN if _call is not None and not headers else headers)
+        if content_type and self._headers is not rules.CALL_HEADERS and "Content-Type" not in self._headers:
             self._headers = self._headers.copy()
             self._headers["Content-Type"] = content_type
-        self._target, self._shown_target = rules.target_of(target, self._headers) if target or headers else ("", None)
+        self._target, self._shown_target = "", None
+        if target is not None or headers:
+            self._target, self._shown_target = rules.target_of(target, self._headers)
         if runtime.targets and self._shown_target is None and self._method != "PULL":
             self._shown_target = rules.own_target(runtime.targets)
             self._target = self._shown_target or ""
@@ -138,8 +140,10 @@ class Task:
 
     @property
     def payload(self) -> bytes | None:
-        """The body of the request; of a deferred call, its serialized form."""
-        return self._call.body if self._call is not None else self._payload
+        """The body of the request; of a deferred call what `deferred.serialize` makes of it, bound to no task."""
+        if self._call is None:
+            return self._payload
+        return payloads.seal(self._call, config.runtime().ring.signing, None)
 
     @property
     def url(self) -> str:
@@ -149,7 +153,7 @@ class Task:
     @property
     def on_queue_url(self) -> bool:
         """Whether the task goes to the queue's default URL."""
-        return not self._url.startswith("/") and self._method != "PULL"
+        return not self._url.startswith("/")
 
     @property
     def method(self) -> str:
@@ -216,8 +220,14 @@ class Task:
     @property
     def size(self) -> int:
         """The size in bytes that the limits count: method, URL, headers and payload."""
-        headers = _NAMESPACE_BYTES + len(self._namespace) + self._headers.size
-        return len(self._method) + len(self._url) + headers + len(self.payload or b"")
+        headers = self._headers.size
+        if rules.CURRENT_NAMESPACE not in self._headers:
+            headers += _NAMESPACE_BYTES + len(self._namespace)
+        return len(self._method) + len(self._url) + headers + self._body_size
+
+    @property
+    def _body_size(self) -> int:
+        return len(self._call.body if self._call is not None else self._payload or b"")
 
     # --- what it does -----------------------------------------------------------------------------------------------
 
@@ -253,12 +263,11 @@ class Task:
 
     def __repr__(self) -> str:
         """Return every attribute, but of payload and headers only how long they are and what they are called."""
-        payload = self.payload
         shown: dict[str, object] = {
             "eta": self.eta,
             "method": self._method,
             "name": self.name,
-            "payload": None if payload is None else f"<{len(payload)} bytes>",
+            "payload": None if self._payload is None and self._call is None else f"<{self._body_size} bytes>",
             "queue_name": self._queue_name,
             "retry_options": self._retry_options,
             "size": self.size,

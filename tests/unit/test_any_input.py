@@ -16,10 +16,10 @@ import deferlib
 from deferlib import config
 from deferlib.core.model import Claim
 from deferlib.engine.dispatch import user_headers, vouch
-from deferlib.taskqueue import Error, Queue, QueueStatistics, Task, TaskRetryOptions, create_rpc
+from deferlib.taskqueue import Queue, QueueStatistics, Task, TaskRetryOptions, create_rpc
 
 # What the reference says that each may raise: errors of deferlib, TypeError, and ValueError from extract_params.
-DOCUMENTED = (Error, TypeError)
+DOCUMENTED = (deferlib.Error, TypeError)
 
 ANY = st.recursive(
     st.none()

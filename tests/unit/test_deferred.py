@@ -209,7 +209,7 @@ def test_options_reach_the_task() -> None:
 
     (row,) = stored("mail")
     assert (row.name, row.url, row.target, row.headers) == (
-        "n", "/other", "worker", '[["Content-Type", "application/octet-stream"], ["X-Mine", "1"]]'
+        "n", "/other", "worker", '[["X-Mine", "1"], ["Content-Type", "application/octet-stream"]]'
     )  # fmt: skip
     assert row.eta - row.created == 60_000_000
     assert row.retry
@@ -575,3 +575,36 @@ def named_like_options(name: str, **others: object) -> None:
 def test_value_instead_of_a_callable_is_refused_with_the_right_form() -> None:
     with pytest.raises(ValueError, match=r"not None; say defer\(fn, argument\), not defer\(fn\(argument\)\)"):
         deferlib.defer(None)  # type: ignore[arg-type]  # the mistake that is tested
+
+
+def test_payload_of_a_task_can_be_run() -> None:
+    task = deferlib.defer(len, "abc")
+
+    assert task.payload is not None
+    assert deferred.run(task.payload) == 3
+    assert deferred.run(bytearray(deferred.serialize(len, "abc"))) == 3  # type: ignore[arg-type]  # bytes of any kind
+    for wrong in (None, 5, "text", b"", b"garbage"):
+        with pytest.raises(deferlib.PermanentTaskFailure):
+            deferred.run(wrong)  # type: ignore[arg-type]  # what is tested
+
+
+@pytest.mark.parametrize("headers", [[("A", "b")], {"A": 5}, {"Content-Type": None}])
+def test_headers_of_a_call_are_those_of_any_task(headers: Any) -> None:
+    assert deferlib.defer(note, _headers=headers).was_enqueued
+    with pytest.raises(deferlib.taskqueue.InvalidTaskError):
+        deferlib.defer(note, _headers=5)  # type: ignore[arg-type]  # what is tested
+
+
+def test_mistakes_are_found_in_app_engines_order() -> None:
+    with pytest.raises(deferlib.taskqueue.InvalidTaskNameError):
+        deferlib.defer(note, _queue="a_b", _name="a b")
+    with pytest.raises(deferlib.errors.UnpicklableCallError):
+        deferlib.defer(note, (x for x in ()), _name="a b")
+
+
+def test_failures_of_calls_are_no_errors_of_queues() -> None:
+    for error in (deferlib.PermanentTaskFailure, deferlib.SingularTaskFailure, deferred.Error, namespaces.BadValueError):
+        assert issubclass(error, deferlib.Error)
+        assert not issubclass(error, deferlib.taskqueue.Error)
+    for error in (deferlib.taskqueue.TransientError, deferlib.errors.StoreBusyError, deferlib.errors.StoreFullError):
+        assert issubclass(error, deferlib.taskqueue.Error)

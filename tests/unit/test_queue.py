@@ -126,6 +126,24 @@ def test_call_mixes_no_push_and_pull_tasks() -> None:
         Queue().add([Task(), Task(b"", method="PULL")])
 
 
+def test_first_mistake_of_a_call_in_app_engines_order_is_told() -> None:
+    done, pull = Task(name="a"), Task(b"", method="PULL", name="a")
+    Queue().add(done)
+
+    with pytest.raises(InvalidTaskError, match="not both"):
+        Queue().add([done, pull] * 60)
+    with pytest.raises(TooManyTasksError):
+        Queue().add([done] * 101)
+    with pytest.raises(BadTaskStateError):
+        Queue().add([Task(), done, Task(name="a")])
+    with pytest.raises(DuplicateTaskNameError):
+        Queue().add([Task(name="a"), done])
+    with pytest.raises(InvalidLeaseTimeError):
+        Queue("shelf").lease_tasks_by_tag(-1, 0, "x" * 501)
+    with pytest.raises(InvalidTagError):
+        Queue("shelf").lease_tasks_by_tag_async(1, 1, "x" * 501, rpc=5)  # type: ignore[arg-type]  # what is tested
+
+
 def test_only_tasks_are_added() -> None:
     with pytest.raises(InvalidTaskError, match="not str"):
         Queue().add(["a"])  # type: ignore[list-item]  # what is tested

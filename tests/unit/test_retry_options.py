@@ -33,7 +33,8 @@ def test_retry_options_are_kept_and_shown() -> None:
     assert (options.min_backoff_seconds, options.max_backoff_seconds, options.task_age_limit) == (0.5, 9, 60)
     assert (options.task_retry_limit, options.max_doublings) == (3, None)
     assert repr(options) == (
-        "TaskRetryOptions(min_backoff_seconds=0.5, max_backoff_seconds=9, task_age_limit=60, task_retry_limit=3)"
+        "TaskRetryOptions(min_backoff_seconds=0.5, max_backoff_seconds=9, task_age_limit=60, max_doublings=None, "
+        "task_retry_limit=3)"
     )
     assert TaskRetryOptions(max_doublings=0).max_doublings == 0
 
@@ -50,6 +51,9 @@ def test_options_that_set_nothing_leave_the_queues() -> None:
     "value", [-1, -0.1, math.nan, math.inf, 2**31, 10**400, Decimal("sNaN"), Decimal(-1), Fraction(-1, 9)]
 )
 def test_retry_option_out_of_range_is_refused(name: str, value: Any) -> None:
+    if name == "max_backoff_seconds" and isinstance(value, float) and value == math.inf:  # no limit
+        assert TaskRetryOptions(max_backoff_seconds=value).max_backoff_seconds == 2**31 - 1
+        return
     with pytest.raises(InvalidTaskRetryOptionsError, match=name):
         TaskRetryOptions(**{name: value})
 

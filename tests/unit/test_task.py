@@ -80,7 +80,7 @@ def test_url_beyond_ascii_is_sent_in_percents() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "a", "http://h/a", "//h/a", "/a#b", "/a#", "?a=b", "/a\n", "/a\r\nX: y", "/\x00", "/" + "p" * 2_083,
+        "a", "http://h/a", "//h/a", "/a#b", "?a=b", "/a\nb", "/a\r\nX: y", "/a\x01", "/\x00", "/" + "p" * 2_083,
         "/" + "€" * 500, "http://[", "/a/../b", "/./a", "/a/..", "/%2E%2e/a", "/a/%2e", "/\ud800", "\\\\h\\a",
     ],
 )  # fmt: skip
@@ -98,7 +98,7 @@ def test_url_that_is_no_string_is_a_type_error(url: Any) -> None:
 
 def test_task_without_a_url_goes_to_its_queues() -> None:
     assert (Task().url, Task().on_queue_url) == ("", True)
-    assert (Task(url="/x").on_queue_url, Task(b"", method="PULL").on_queue_url) == (False, False)
+    assert (Task(url="/x").on_queue_url, Task(b"", method="PULL").on_queue_url) == (False, True)
     assert row(Task(), "mail").url == "/_ah/queue/mail"
     assert row(Task(method="GET", params={"a": 1}), "mail").url == "/_ah/queue/mail?a=1"
     assert Task(method="GET", params={"a": 1}).on_queue_url
@@ -161,6 +161,27 @@ def test_engines_headers_are_dropped_however_they_are_spelled(name: str) -> None
     assert json.loads(row(Task(headers={name: "forged", "X-Other": "1"})).headers) == [["X-Other", "1"]]
 
 
+def test_header_may_be_a_number_or_bytes_and_headers_pairs() -> None:
+    task = Task(headers={"A": 5, "B": True, "C": None, "D": 1.5, "E": b"\xe9", "F": ["b", 5]})
+
+    assert dict(task.headers) == {
+        "A": "5", "B": "True", "C": "None", "D": "1.5", "E": "é", "F": ["b", "5"], "X-AppEngine-Current-Namespace": "",
+    }  # fmt: skip
+    assert Task(headers=[("A", "b")]).headers["a"] == "b"  # type: ignore[arg-type]  # App Engine takes pairs
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [(" /x", "/x"), ("\t\n/x", "/x"), ("/x\r\n", "/x"), ("/x?", "/x"), ("/x#", "/x"), ("/x?#", "/x"), ("///x", "/x"),
+     ("/a\\b", "/a%5Cb")],
+)  # fmt: skip
+def test_what_means_nothing_in_a_url_is_left_out(url: str, sent: str) -> None:
+    assert Task(url=url).url == sent
+    assert Task(url=url, params={"a": "b"}).payload == b"a=b"
+    assert Task(url=url, method="GET", params={"a": "b"}).url == f"{sent}?a=b"
+    assert row(Task(url=url)).url == sent
+
+
 def test_header_of_several_values_is_repeated() -> None:
     task = Task(headers={"X-Many": ["1", "2"], "X-None": [], "X-Once": ("3",)})
 
@@ -204,8 +225,8 @@ def test_requests_default_namespace_travels_on() -> None:
     ("name", "value"),
     [
         ("", "x"), ("a b", "x"), ("a:", "x"), ("a\n", "x"), ("é", "x"), (5, "x"),
-        ("a", "x\r\nX: y"), ("a", "\x00"), ("a", "€"), ("a", 5), ("a", "x\n"), ("a", b"x"), ("a", ["x", 5]), ("a", ["\n"]),
-        ("a", None), ("a", {"b": "c"}), ("a", "\x7f"),
+        ("a", "x\r\nX: y"), ("a", "\x00"), ("a", "€"), ("a", "x\n"), ("a", b"\n"), ("a", ["x", {}]), ("a", ["\n"]),
+        ("a", object()), ("a", {"b": "c"}), ("a", "\x7f"),
     ],
 )  # fmt: skip
 def test_header_that_would_break_a_request_is_refused(name: Any, value: Any) -> None:
@@ -219,7 +240,7 @@ def test_text_is_sent_as_text_and_bytes_as_they_are() -> None:
     assert Task("é", headers={"content-type": "a/b"}).headers["Content-Type"] == "a/b"
     assert "content-type" not in Task(b"\xff").headers
     assert Task().payload is None
-    assert Task("").payload == b""
+    assert (Task("").payload, Task("").headers.get("content-type")) == (b"", None)
 
 
 def test_payload_of_another_type_is_refused() -> None:
@@ -231,6 +252,8 @@ def test_size_counts_method_url_headers_and_payload() -> None:
     assert Task(b"12345", url="/abc", headers={"X": "yz"}).size == 4 + 4 + (1 + 2 + 4) + NAMESPACE + 5
     with namespaces.namespace("tenant-1"):
         assert Task(b"12345", url="/abc").size == 4 + 4 + NAMESPACE + 8 + 5
+    chosen = Task(b"12345", url="/abc", headers={"X-AppEngine-Current-Namespace": "tenant-1"})
+    assert chosen.size == 4 + 4 + NAMESPACE + 8 + 5
 
 
 def test_task_of_the_limit_passes_and_one_more_byte_does_not() -> None:
@@ -296,6 +319,7 @@ def test_each_method_has_its_place_for_payload_and_params(
         ({"params": {"a": "\ud800"}}, "params"),
         ({"payload": "\ud800"}, "payload"),
         ({"headers": ["a"]}, "headers is a mapping"),
+        ({"headers": 5}, "headers is a mapping"),
         ({"payload": 0}, "not int"),
         ({"payload": bytearray(b"x")}, "not bytearray"),
     ],
@@ -347,7 +371,9 @@ def test_tag_is_for_pull_tasks_and_short() -> None:
     with pytest.raises(InvalidTaskError, match="PULL"):
         Task(tag="")
     assert Task(b"", method="PULL", tag="€" * 500).tag == "€" * 500  # characters, not bytes
-    for wrong in ("x" * 501, 5, "a\x00", "\ud800"):
+    assert Task(b"", method="PULL", tag=b"blue").tag == b"blue"  # type: ignore[arg-type,comparison-overlap]  # Python 2's
+    assert row(Task(b"", method="PULL", tag=b"blue"), "shelf").tag == "blue"  # type: ignore[arg-type]
+    for wrong in ("x" * 501, 5, "a\x00", "\ud800", b"\xff"):
         with pytest.raises(InvalidTagError):
             Task(b"", method="PULL", tag=wrong)  # type: ignore[arg-type]  # what is tested
 
@@ -386,6 +412,10 @@ def test_eta_that_is_no_datetime_is_refused(eta: Any) -> None:
 
 def test_thirty_days_ahead_is_the_farthest() -> None:
     assert Task(countdown=30 * 86_400)
+    for far in (1e303, "1e308", 10**20):
+        with pytest.raises(InvalidEtaError, match="30"):
+            Task(countdown=far)
+    assert Task(countdown=-1e308).eta.year == 1
     with pytest.raises(InvalidEtaError, match="30"):
         Task(countdown=30 * 86_400 + 0.001)
 
@@ -465,6 +495,8 @@ def test_host_names_the_target() -> None:
     )
     with pytest.raises(InvalidTaskError, match="not both"):
         Task(target="a", headers={"host": "b"})
+    with pytest.raises(InvalidTaskError, match="not both"):
+        Task(target="", headers={"host": "b"})
 
 
 def test_host_below_the_apps_own_names_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
