@@ -227,7 +227,7 @@ def _in_use() -> dict[str, Any]:
         )
     _ = runtime.store, runtime.ring  # now, where an error of theirs is told
     settings = {name: setting.value for name, setting in runtime.settings.all.items() if setting.value is not None}
-    settings["limits"] = str(runtime.limits)
+    settings |= {"limits": str(runtime.limits), "targets": str(runtime.targets)}
     queues = None if runtime.given_queues is None else [queue.to_json() for queue in runtime.given_queues]
     status = os.stat(path)  # which file: one that was removed and made anew needs a new engine
     return {

@@ -15,7 +15,6 @@ from deferlib.errors import (
     DuplicateTaskNameError,
     EnqueueUnknownError,
     Error,
-    InternalError,
     InvalidLeaseTimeError,
     InvalidMaxTasksError,
     InvalidQueueModeError,
@@ -23,6 +22,7 @@ from deferlib.errors import (
     InvalidTaskError,
     NotAvailableError,
     TaskAlreadyExistsError,
+    TaskQueueError,
     TombstonedTaskError,
     TooManyTasksError,
     UnknownQueueError,
@@ -156,7 +156,7 @@ class Queue:
                     kind = "pull" if task.method == "PULL" else "push"
                     problems.append(InvalidQueueModeError(f"queue {self._name!r} doesn't take {kind} tasks"))
                 case AddResult.COLLIDED:
-                    problems.append(InternalError("no free id was found; the random source of this machine repeats itself"))
+                    problems.append(TaskQueueError("no free id was found: this machine's random source repeats itself"))
                 case AddResult.TAKEN:
                     collisions.append(
                         TaskAlreadyExistsError(f"queue {self._name!r} has a task named {task.name!r} already")
