@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deferlib import keys, queue_fields, queue_yaml
+from deferlib import keys, queue_fields, queue_rows, queue_yaml
 from deferlib.clock import Clock
 from deferlib.context import SYSTEM_CLOCK
 from deferlib.core.model import QueueConfig, QueueSource
 from deferlib.errors import ConfigError, KeyringError
 from deferlib.limits import Limits
 from deferlib.queue_fields import Place
+from deferlib.queue_rows import Applied
 from deferlib.queue_yaml import QueueFile
 from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, working_directory
 from deferlib.store import Store
 from deferlib.targets import Targets
+
+log = logging.getLogger("deferlib.queues")
 
 _ARGUMENTS = Place("configure()")
 
@@ -108,18 +112,37 @@ class Runtime:
 
     def queues(self) -> list[QueueConfig]:
         """Return the configured queues: given ones, else queue.yaml's, else `default` alone; `default` is always there."""
-        configs = self.given_queues
-        if configs is None:
+        return list(self.read_queues().queues)
+
+    def read_queues(self) -> QueueFile:
+        """Return the configured queues as a file has them, with `default` first if it isn't among them."""
+        if self.given_queues is not None:
+            queues = self.given_queues
+            entries = [queue_fields.to_mapping(queue) for queue in queues]
+            file = QueueFile(queues, entries, [_ARGUMENTS] * len(queues))
+        else:
             path = self.queue_file()
             file = QueueFile() if path is None else queue_yaml.read(path)
-            configs, places = file.queues, file.places
-        else:
-            places = [_ARGUMENTS] * len(configs)
-        for config, place in zip(configs, places, strict=True):
-            queue_fields.check(config, self.limits, place)
-        if all(config.name != "default" for config in configs):
-            configs = [QueueConfig(name="default"), *configs]
-        return configs
+        for queue, place in zip(file.queues, file.places, strict=True):
+            queue_fields.check(queue, self.limits, place)
+        if all(queue.name != "default" for queue in file.queues):
+            default = QueueConfig(name="default")
+            file = file._replace(queues=[default, *file.queues], entries=[{"name": "default"}, *file.entries])
+        return file
+
+    def apply_queues(self) -> Applied:
+        """Read the configured queues, as an engine does it, and make the store's rows what they say.
+
+        Those that have left queue.yaml (or `configure`) are disabled; without either, nobody says what has left.
+        """
+        whole = self.given_queues is not None or self.queue_file() is not None
+        file = self.read_queues()
+        applied = self.store.run(lambda tx: queue_rows.apply(tx, file, whole=whole))
+        for note in file.notes:
+            log.warning("%s", note)
+        if applied.disabled:
+            log.warning("these queues have left the configuration, and are disabled: %s", ", ".join(applied.disabled))
+        return applied
 
     def queue_file(self) -> Path | None:
         """Return the queue.yaml in use, if there is one."""

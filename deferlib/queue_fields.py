@@ -281,3 +281,65 @@ def _acl(raw: object, place: Place) -> None:
     for entry in entries:
         if not isinstance(entry, Mapping) or not entry or not _ACL_KEYS.issuperset(entry):
             raise InvalidQueueError(f"{place}: a list of `- user_email:` and `- writer_email:` is needed")
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+ALL_KEYS = (
+    "mode", "rate", "bucket_size", "max_concurrent_requests", "target",
+    "retry_parameters.task_retry_limit", "retry_parameters.task_age_limit", "retry_parameters.min_backoff_seconds",
+    "retry_parameters.max_backoff_seconds", "retry_parameters.max_doublings",
+    "deferlib.first_limit_wins", "deferlib.jitter", "deferlib.deadline", "deferlib.tombstone", "deferlib.lost_limit",
+)  # fmt: skip
+
+
+def values_of(config: QueueConfig) -> dict[str, Any]:
+    """Return every value of *config* by its key in a queue.yaml, as it would be written there; None: not limited."""
+    retry = config.retry
+    values = (
+        str(config.mode),
+        _rate_text(config.rate),
+        config.bucket_size,
+        config.max_concurrent,
+        config.target or None,
+        retry.retry_limit,
+        None if retry.age_limit is None else _span_text(retry.age_limit),
+        retry.min_backoff / SECOND,
+        retry.max_backoff / SECOND,
+        retry.max_doublings,
+        retry.first_limit_wins,
+        retry.jitter,
+        _span_text(config.deadline),
+        _span_text(config.tombstone),
+        config.lost_limit,
+    )
+    return dict(zip(ALL_KEYS, values, strict=True))
+
+
+def to_mapping(config: QueueConfig) -> dict[str, Any]:
+    """Return *config* as an entry of a queue.yaml, without what is a default anyway."""
+    usual = values_of(QueueConfig(name=config.name))
+    entry: dict[str, Any] = {"name": config.name}
+    for key, value in values_of(config).items():
+        if value != usual[key]:
+            outer, _, inner = key.rpartition(".")
+            (entry.setdefault(outer, {}) if outer else entry)[inner] = value
+    return entry
+
+
+def _rate_text(rate: float | None) -> str | None:
+    """Return a rate with the largest unit in which it is exact."""
+    if rate is None:
+        return None
+    for unit, length in (("s", 1), ("m", 60), ("h", 3_600), ("d", 86_400)):
+        number = f"{rate * length:.15g}"
+        if float(number) / length == rate and "e" not in number and (float(number) >= 1 or rate == 0):
+            return f"{number}/{unit}"
+    return f"{rate * 86_400:.17f}/d"
+
+
+def _span_text(span: Micros) -> str:
+    for unit in ("d", "h", "m"):
+        if span % _UNITS[unit] == 0:
+            return f"{span // _UNITS[unit]}{unit}"
+    return f"{span / SECOND:.6f}".rstrip("0").rstrip(".") + "s"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,10 @@ MAX_BYTES = 256 * 1024
 class QueueFile(NamedTuple):
     """What a queue.yaml says."""
 
-    queues: list[QueueConfig] = []  # noqa: RUF012  # never changed
-    entries: list[Mapping[str, Any]] = []  # noqa: RUF012  # each queue's as it is written
-    places: list[Place] = []  # noqa: RUF012  # of each
-    notes: list[str] = []  # noqa: RUF012  # what is in it and has no effect
+    queues: Sequence[QueueConfig] = ()
+    entries: Sequence[Mapping[str, Any]] = ()  # each queue's as it is written
+    places: Sequence[Place] = ()  # of each
+    notes: Sequence[str] = ()  # what is in it and has no effect
     resume_paused_queues: bool = False
 
 

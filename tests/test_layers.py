@@ -16,7 +16,7 @@ LAYERS = [
     {"clock", "limits", "targets"},
     {"context", "keys", "namespaces", "ids", "queue_fields", "queue_yaml"},
     {"payload", "token", "store"},
-    {"settings"},
+    {"settings", "queue_rows"},
     {"config", "call_text"},
     {"deadline"},
     {"taskqueue"},

@@ -86,7 +86,7 @@ class DevEngine:
     def _watched(self) -> QueueFileWatch | None:
         if self.runtime.given_queues is not None:
             return None
-        watch = QueueFileWatch(self.runtime)
+        watch = QueueFileWatch(self.runtime, self._engine.reread)
         watch.start()
         return watch
 

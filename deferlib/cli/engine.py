@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         stack.callback(runtime.close)
         engine = _build(runtime, None if app is None else served(app, stack))
         stack.callback(engine.close)
-        watch = _watch(runtime, stack)
+        watch = _watch(runtime, engine, stack)
         signals.serve(engine, round(runtime.settings["grace"] * SECOND), watch)
         for name in unknown_variables():
             log.warning("%s", unknown_hint(name))
@@ -113,12 +113,12 @@ def _build(runtime: config.Runtime, app: Any) -> Engine:
     return build(runtime, app, observer=LogObserver(), step=step)
 
 
-def _watch(runtime: config.Runtime, stack: ExitStack) -> QueueFileWatch | None:
+def _watch(runtime: config.Runtime, engine: Engine, stack: ExitStack) -> QueueFileWatch | None:
     from deferlib.cli.reload import QueueFileWatch
 
     if runtime.given_queues is not None:  # the app has its queues in its code
         return None
-    watch = QueueFileWatch(runtime)
+    watch = QueueFileWatch(runtime, engine.reread)
     watch.start()
     stack.callback(watch.stop)
     return watch

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from deferlib.config import Runtime
-from deferlib.core.model import SECOND, Micros, QueueSource
+from deferlib.core.model import SECOND, Micros
 from deferlib.core.scheduler import Rules, Scheduler
 from deferlib.engine.engine import Engine, no_step
 from deferlib.engine.local import LocalTransport, WsgiApp
@@ -38,8 +38,7 @@ def build(
     Applies the configured queues to the store. *observer*, *take_over* and *step* are the engine's (by default an engine
     that calls the app itself takes over); *around* may put another transport in front of the one that is made.
     """
-    configs = runtime.queues()
-    runtime.store.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))
+    runtime.apply_queues()
     lease: Micros = round(runtime.settings["lease"] * SECOND)
     node = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     rules = Rules(

@@ -548,7 +548,7 @@ def test_payloads_headers_and_keys_are_never_shown(
             shown = cli(*argv, *json_flag)
             assert shown.code == 0
             assert not [secret for secret in secrets if secret in shown.out + shown.err]
-    assert cli("tasks", "show", "a", "--json").json["headers"] == ["Content-Type", "Authorization"]
+    assert cli("tasks", "show", "a", "--json").json["headers"] == ["Authorization", "Content-Type"]
 
 
 @pytest.mark.parametrize("source", ["flag", "environment"])
