@@ -113,6 +113,16 @@ def put(tx: Tx, name: str, changes: Entry, limits: Limits) -> QueueConfig:
     return config
 
 
+def clear(tx: Tx, name: str) -> None:
+    """Take back all that commands have put over a queue; one that only a command made stays as it is."""
+    for row in tx.queues():
+        said = said_of(row)
+        if row.name == name and said.file is not None and said.command:
+            config = queue_fields.from_mapping(said.file, _COMMAND)
+            disabled = [name] if row.disabled else []
+            tx.put_queues([config], row.source, said={name: Said(said.file).text()}, disabled=disabled)
+
+
 def merged(under: Entry, over: Entry) -> dict[str, Any]:
     """Return the entry *under* with the values of *over* in it, key by key also in its maps."""
     result = dict(under)

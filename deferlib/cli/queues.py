@@ -1,47 +1,60 @@
-"""`deferlib queues`: list, show, pause, resume, purge."""
+"""`deferlib queues`: list, show, put, pause, resume, purge."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deferlib import config
-from deferlib.cli.show import iso, print_fields, print_json, print_table, relative, safe, seconds, span, when
-from deferlib.core.model import Micros, QueueConfig, QueueRow, QueueSource, QueueStats
+from deferlib import config, queue_rows
+from deferlib.cli import queue_text
+from deferlib.cli.show import print_fields, print_json, print_table, safe
+from deferlib.core.model import QueueRow
 from deferlib.errors import ConfigError, InvalidQueueError
 
 if TYPE_CHECKING:
     from deferlib.cli.settings import Commands
     from deferlib.cli.store import Opened
+    from deferlib.store import Tx
 
-_TITLES = ("QUEUE", "MODE", "STATE", "TASKS", "DEAD", "NEXT", "RATE", "AT ONCE", "RAN/MIN", "FAILED/MIN")
-_SOURCES = {
-    QueueSource.FILE: "an engine, from queue.yaml or its settings",
-    QueueSource.LIBRARY: "its first use, from queue.yaml or the settings",
-    QueueSource.COMMAND: "a command",
-}
 _NOT_DONE = 1
 _SLICE = 500  # tasks purged in one transaction: a few milliseconds
 
 _LIST = """\
-JSON: queues (each as in `queues show`).
+STATE says why nothing is dispatched. AT ONCE is what runs now, of how many may
+run; RATE is that of the last minute, of the one that is enforced. JSON: queues
+(each as in `queues show`), problem (what is wrong with queue.yaml, if it was
+changed and isn't applied).
 
 example:
   deferlib queues list
 """
 _SHOW = """\
-JSON: name, mode, paused, source (file: applied by an engine; library: made
-by its first use; command), managed (whether it is still configured; null if
-queue.yaml can't be read), tasks, dead, oldest_due, executed_last_minute,
-failed_last_minute, rate (a second), bucket_size, max_concurrent, target, retry
-(by App Engine's names), jitter, tombstone_seconds, deadline_seconds,
-lost_limit, owner and owned_until (the engine that dispatches a limited queue).
+JSON: name, mode, state, paused, disabled (it has left queue.yaml), source
+(file: applied by an engine; library: made by its first use; command), tasks,
+waiting, in_flight, dead, oldest_due, oldest_wait_seconds,
+executed_last_minute, failed_last_minute, rate_now, rate and rate_enforced (a
+second), bucket_size, max_concurrent, target, retry (by App Engine's names),
+first_limit_wins, jitter, tombstone_seconds, deadline_seconds, lost_limit,
+sources (where each value comes from: file, command, settings, default), owner
+and owned_until (the engine that dispatches a limited queue).
 
 example:
   deferlib queues show mail
+"""
+_PUT = """\
+KEY is as in queue.yaml, with a dot for its maps: rate, bucket_size,
+max_concurrent_requests, target, retry_parameters.task_retry_limit,
+deferlib.jitter. What is put stays, whatever queue.yaml says, until it is
+cleared: KEY= clears one value, --clear all of them. A queue that isn't there
+is made. Engines notice within about a second.
+
+examples:
+  deferlib queues put mail rate=20/s max_concurrent_requests=4
+  deferlib queues put mail rate= retry_parameters.task_retry_limit=3
+  deferlib queues put mail --clear
 """
 _PAUSE = """\
 Engines notice within about a second; what runs is finished. Tasks can still be
@@ -67,16 +80,20 @@ def add_to(commands: Commands) -> None:
     from deferlib.cli.settings import add_flags
     from deferlib.cli.verbs import add_verb, add_verbs
 
-    queues = commands.add_parser("queues", help="list, show, pause, resume or purge queues", allow_abbrev=False)
+    queues = commands.add_parser("queues", help="list, show, change, pause, resume or purge queues", allow_abbrev=False)
     verbs = add_verbs(queues)
 
     add = partial(add_verb, verbs)
     listing = add("list", "list the queues with what waits in them", _LIST, list_queues)
     show = add("show", "show all there is to know of a queue", _SHOW, show_queue)
+    change = add("put", "put values over those of queue.yaml", _PUT, put_queue)
     pause = add("pause", "start no more tasks of these queues", _PAUSE, pause_queues)
     resume = add("resume", "start tasks of these queues again", _RESUME, resume_queues)
     purge = add("purge", "delete all tasks of a queue", _PURGE, purge_queue)
     show.add_argument("name", metavar="NAME")
+    change.add_argument("name", metavar="NAME")
+    change.add_argument("changes", metavar="KEY=VALUE", nargs="*", help="a value, or nothing to take it back")
+    change.add_argument("--clear", action="store_true", help="first take back all that was put")
     purge.add_argument("name", metavar="NAME")
     purge.add_argument("--yes", action="store_true", help="don't ask")
     for parser in (pause, resume):
@@ -84,7 +101,7 @@ def add_to(commands: Commands) -> None:
     for parser in (listing, show):
         parser.add_argument("--json", action="store_true", help="print one JSON document")
         add_flags(parser, ["store", "queues"])
-    for parser in (pause, resume, purge):
+    for parser in (change, pause, resume, purge):
         add_flags(parser, ["store"])
 
 
@@ -95,144 +112,97 @@ def list_queues(arguments: argparse.Namespace) -> int:
     from deferlib.cli.store import opened
 
     with opened(arguments) as it:
-        configured = _configured(it)
+        problem = _problem(it)
         with it.store.read() as tx:
             now = it.now()
             rows = tx.queues()
             stats = {each.queue: each for each in tx.stats(now, [row.name for row in rows])}
+            noted = tx.notes().get(queue_rows.FILE_ERROR)
             it.warn_if_unserved(it.view(tx), tx)
+    problem = noted or problem
+    if problem:
+        print(f"deferlib: warning: queue.yaml isn't applied: {safe(problem)}", file=sys.stderr)
     if arguments.json:
-        print_json({"queues": [_document(row, stats[row.name], configured) for row in rows]})
+        queues = [queue_text.document(row, stats[row.name], now) for row in rows]
+        print_json({"queues": queues, "problem": problem})
     else:
-        print_table(_TITLES, [_line(row, stats[row.name], configured, now) for row in rows])
+        print_table(queue_text.TITLES, [queue_text.line(row, stats[row.name], now) for row in rows])
     return 0
 
 
 def show_queue(arguments: argparse.Namespace) -> int:
     from deferlib.cli.store import opened
 
-    with opened(arguments) as it:
-        configured = _configured(it)
-        with it.store.read() as tx:
-            now = it.now()
-            rows = {row.name: row for row in tx.queues()}
-            row = rows.get(arguments.name)
-            if row is None:
-                return _unknown(arguments.name, rows)
-            stats = tx.stats(now, [row.name])[0]
+    with opened(arguments) as it, it.store.read() as tx:
+        now = it.now()
+        rows = {row.name: row for row in tx.queues()}
+        row = rows.get(arguments.name)
+        if row is None:
+            return _unknown(arguments.name, rows)
+        stats = tx.stats(now, [row.name])[0]
     if arguments.json:
-        print_json(_document(row, stats, configured))
+        print_json(queue_text.document(row, stats, now))
     else:
-        print_fields(_fields(row, stats, configured, now))
+        print_fields(queue_text.fields(row, stats, now))
+        print()
+        print_table(("KEY", "VALUE", "SOURCE"), queue_text.configuration(row))
     return 0
 
 
-def _configured(it: Opened) -> set[str] | None:
-    """Return the names of the configured queues; None, with a warning, if queue.yaml can't be read.
-
-    A mistake in it must not keep anybody from looking at what runs.
-    """
+def _problem(it: Opened) -> str | None:
+    """Return what is wrong with queue.yaml as it is now; that must not keep anybody from looking at what runs."""
     try:
-        return {queue.name for queue in config.Runtime(settings=it.settings).queues()}
+        config.Runtime(settings=it.settings).queues()
     except (InvalidQueueError, ConfigError) as error:
-        print(f"deferlib: warning: {safe(str(error))}", file=sys.stderr)
-        return None
+        return str(error)
+    return None
 
 
-def _document(row: QueueRow, stats: QueueStats, configured: set[str] | None) -> dict[str, Any]:
-    queue = row.config
-    return {
-        "name": row.name,
-        "mode": str(queue.mode),
-        "paused": row.paused,
-        "source": str(row.source),
-        "managed": None if configured is None else _managed(row, configured),
-        "tasks": stats.tasks,
-        "dead": stats.dead,
-        "oldest_due": iso(stats.oldest_due),
-        "executed_last_minute": stats.executed_last_minute,
-        "failed_last_minute": stats.failed_last_minute,
-        "rate": queue.rate,
-        "bucket_size": queue.bucket_size,
-        "max_concurrent": queue.max_concurrent,
-        "target": queue.target or None,
-        "retry": {
-            "task_retry_limit": queue.retry.retry_limit,
-            "task_age_limit": seconds(queue.retry.age_limit),
-            "min_backoff_seconds": seconds(queue.retry.min_backoff),
-            "max_backoff_seconds": seconds(queue.retry.max_backoff),
-            "max_doublings": queue.retry.max_doublings,
-        },
-        "jitter": queue.retry.jitter,
-        "tombstone_seconds": seconds(queue.tombstone),
-        "deadline_seconds": seconds(queue.deadline),
-        "lost_limit": queue.lost_limit,
-        "owner": row.owner or None,
-        "owned_until": iso(row.owned_until) if row.owner else None,
-    }
+# --- put --------------------------------------------------------------------------------------------------------------
 
 
-def _line(row: QueueRow, stats: QueueStats, configured: set[str] | None, now: Micros) -> tuple[str, ...]:
-    return (
-        row.name,
-        str(row.config.mode),
-        _state(row, configured),
-        str(stats.tasks),
-        str(stats.dead),
-        "" if stats.oldest_due is None else relative(stats.oldest_due, now),
-        _rate(row.config),
-        "" if row.config.max_concurrent is None else str(row.config.max_concurrent),
-        str(stats.executed_last_minute),
-        str(stats.failed_last_minute),
-    )
+def put_queue(arguments: argparse.Namespace) -> int:
+    from deferlib.cli.store import opened
+
+    if not arguments.changes and not arguments.clear:
+        raise ConfigError("say what to put: KEY=VALUE, or --clear; see `deferlib queues put --help`")
+    changes = _changes(arguments.changes)
+    with opened(arguments) as it:
+        limits = config.Runtime(settings=it.settings).limits
+
+        def work(tx: Tx) -> QueueRow:
+            if arguments.clear:
+                queue_rows.clear(tx, arguments.name)
+            if changes:
+                queue_rows.put(tx, arguments.name, changes, limits)
+            return next(row for row in tx.queues() if row.name == arguments.name)
+
+        with it.store.read() as tx:
+            rows = {row.name: row for row in tx.queues()}
+        if arguments.name not in rows and not changes:
+            return _unknown(arguments.name, rows)
+        row = it.store.run(work)
+    put = [f"{key}={value}" for key, value, source in queue_text.configuration(row) if source == "command"]
+    print(f"{safe(row.name)}: {', '.join(put) or 'nothing is put over it'}")
+    return 0
 
 
-def _fields(row: QueueRow, stats: QueueStats, configured: set[str] | None, now: Micros) -> list[tuple[str, str]]:
-    queue, retry = row.config, row.config.retry
-    limits = [
-        f"{retry.retry_limit} retries" if retry.retry_limit is not None else "",
-        f"for {span(retry.age_limit)}" if retry.age_limit is not None else "",
-    ]
-    backoff = f"{span(retry.min_backoff)} doubling {retry.max_doublings} times, at most {span(retry.max_backoff)}"
-    return [
-        ("queue", row.name),
-        ("mode", str(queue.mode)),
-        ("state", _state(row, configured)),
-        ("configured by", _SOURCES[row.source]),
-        ("tasks", str(stats.tasks)),
-        ("dead letters", str(stats.dead)),
-        ("next due", when(stats.oldest_due, now)),
-        ("last minute", f"{stats.executed_last_minute} ran, {stats.failed_last_minute} failed"),
-        ("rate", f"{_rate(queue)}, bucket of {queue.bucket_size}" if queue.rate else _rate(queue) or "unlimited"),
-        ("at once", "unlimited" if queue.max_concurrent is None else str(queue.max_concurrent)),
-        ("target", queue.target),
-        ("retry limit", " and ".join(filter(None, limits)) or "none: until it succeeds"),
-        ("backoff", f"{backoff}, jitter {retry.jitter:g}" if retry.jitter else backoff),
-        ("deadline", span(queue.deadline)),
-        ("tombstone", span(queue.tombstone)),
-        ("lost limit", str(queue.lost_limit)),
-        ("dispatched by", f"{row.owner} until {when(row.owned_until, now)}" if row.owner else ""),
-    ]
+def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return KEY=VALUE pairs as an entry of a queue.yaml; None takes a value back."""
+    import yaml
 
-
-def _state(row: QueueRow, configured: set[str] | None) -> str:
-    if row.paused or row.config.rate == 0:
-        return "paused"
-    return "active" if configured is None or _managed(row, configured) else "unmanaged"
-
-
-def _managed(row: QueueRow, configured: set[str]) -> bool:
-    """Tell whether somebody still answers for the queue: one that left queue.yaml keeps its tasks and goes on."""
-    return row.source is QueueSource.COMMAND or row.name in configured
-
-
-def _rate(queue: QueueConfig) -> str:
-    if queue.rate is None:
-        return ""
-    for unit, length in (("s", 1), ("m", 60), ("h", 3_600)):
-        if queue.rate * length >= 1 or queue.rate == 0:
-            return f"{queue.rate * length:.4g}/{unit}"
-    return f"{queue.rate * 86_400:.4g}/d"
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        outer, _, inner = key.strip().rpartition(".")
+        if not equals or not inner or "." in outer or inner == "name":
+            raise ConfigError(f"{pair!r}: KEY=VALUE is needed, like rate=5/s or deferlib.jitter=0.2")
+        try:
+            value = yaml.safe_load(text) if text.strip() else None
+        except (yaml.YAMLError, ValueError):
+            value = text
+        (changes.setdefault(outer, {}) if outer else changes)[inner] = value
+    return changes
 
 
 # --- pause, resume, purge -------------------------------------------------------------------------------------------

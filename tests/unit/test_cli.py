@@ -110,8 +110,7 @@ def cli(project: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
 def store(project: Path) -> config.Runtime:
     """The project's store, made, with its queues applied as an engine does it."""
     runtime = config.runtime()
-    configs = runtime.queues()
-    runtime.store.run(lambda tx: tx.put_queues(configs, QueueSource.FILE))
+    runtime.apply_queues()
     return runtime
 
 
@@ -213,7 +212,7 @@ def test_command_without_a_verb_says_which_there_are(cli: Cli, argv: list[str], 
     [
         ["tasks", "list"], ["tasks", "show", "x"], ["tasks", "run", "x"], ["tasks", "retry", "x"], ["tasks", "delete", "x"],
         ["queues", "list"], ["queues", "show", "x"], ["queues", "pause", "x"], ["queues", "resume", "x"],
-        ["queues", "purge", "x"],
+        ["queues", "purge", "x"], ["queues", "put", "x", "rate=5/s"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -641,7 +640,7 @@ def test_tables_fit_the_terminal(
         longest = max(map(len, cli(*argv).out.splitlines()))
         assert longest <= columns or argv == ["config"]
     assert "…" in cli("tasks", "list").out
-    titles = "QUEUE  MODE  STATE  TASKS  DEAD  NEXT  RATE  AT ONCE  RAN/MIN  FAILED/MIN"
+    titles = "QUEUE  MODE  STATE  TASKS  OLDEST  AT ONCE  RATE  RAN/MIN  ERR/MIN  DEAD"
     assert max(map(len, cli("queues", "list").out.splitlines())) <= max(columns, len(titles) + 12)
 
 
@@ -832,9 +831,10 @@ def test_without_a_terminal_nothing_is_destroyed_without_yes(
 # --- queues -----------------------------------------------------------------------------------------------------------
 
 QUEUE_KEYS = {
-    "name", "mode", "paused", "source", "managed", "tasks", "dead", "oldest_due", "executed_last_minute",
-    "failed_last_minute", "rate", "bucket_size", "max_concurrent", "target", "retry", "jitter", "tombstone_seconds",
-    "deadline_seconds", "lost_limit", "owner", "owned_until",
+    "name", "mode", "state", "paused", "disabled", "source", "tasks", "waiting", "in_flight", "dead", "oldest_due",
+    "oldest_wait_seconds", "executed_last_minute", "failed_last_minute", "rate_now", "rate", "rate_enforced",
+    "bucket_size", "max_concurrent", "target", "retry", "first_limit_wins", "jitter", "tombstone_seconds",
+    "deadline_seconds", "lost_limit", "sources", "owner", "owned_until",
 }  # fmt: skip
 
 
@@ -847,9 +847,9 @@ def test_queues_are_listed_with_their_counts(cli: Cli) -> None:
     assert all(set(queue) == QUEUE_KEYS for queue in document.values())
     assert [(queue["tasks"], queue["dead"]) for queue in document.values()] == [(2, 1), (2, 0), (1, 0)]
     assert (document["mail"]["rate"], document["mail"]["max_concurrent"]) == (pytest.approx(5 / 60), 3)
-    assert re.match(r"default +push +active +2 +1 +now +2 +1$", lines[1])
-    assert re.match(r"mail +push +active +2 +0 +in \d+ s +5/m +3 +0 +0$", lines[2])
-    assert re.match(r"pulled +pull +active +1 +0 +now ", lines[3])
+    assert re.match(r"default +push +active +2 +now +0 +0\.033/s +2 +1 +1$", lines[1])
+    assert re.match(r"mail +push +active +2 +in \d+ s +0/3 +0 of 5/m +0 +0 +0$", lines[2])
+    assert re.match(r"pulled +pull +pull +1 +now +0/s +0 +0 +0$", lines[3])
     assert max(map(len, lines)) <= 80
 
 
@@ -864,10 +864,13 @@ def test_queue_is_shown_in_full(cli: Cli, store: config.Runtime) -> None:
         "task_retry_limit": 2, "task_age_limit": 3600.0, "min_backoff_seconds": 0.1, "max_backoff_seconds": 3600.0,
         "max_doublings": 16,
     }  # fmt: skip
-    assert (document["source"], document["managed"], document["tombstone_seconds"]) == ("file", True, 777600.0)
-    assert re.search(r"^rate +5/m, bucket of 5$", text, re.MULTILINE)
-    assert re.search(r"^retry limit +2 retries and for 1 h$", text, re.MULTILINE)
-    assert re.search(r"^target +worker$", text, re.MULTILINE)
+    assert (document["source"], document["disabled"], document["tombstone_seconds"]) == ("file", False, 777600.0)
+    assert document["sources"]["rate"] == document["sources"]["retry_parameters.task_retry_limit"] == "file"
+    assert document["sources"]["bucket_size"] == document["sources"]["deferlib.jitter"] == "default"
+    assert re.search(r"^rate +5/m +queue.yaml$", text, re.MULTILINE)
+    assert re.search(r"^bucket_size +5 +default$", text, re.MULTILINE)
+    assert re.search(r"^retry_parameters.task_age_limit +1h +queue.yaml$", text, re.MULTILINE)
+    assert re.search(r"^target +worker +queue.yaml$", text, re.MULTILINE)
 
 
 def test_pause_and_resume(cli: Cli, store: config.Runtime) -> None:
@@ -903,13 +906,19 @@ def test_queue_that_is_not_there_is_code_1(cli: Cli, store: config.Runtime, argv
     assert "there is no queue 'nope'" in shown.err
 
 
-def test_queue_that_left_queue_yaml_is_shown_as_unmanaged(project: Path, cli: Cli, store: config.Runtime) -> None:
+def test_queue_that_left_queue_yaml_is_shown_as_disabled(project: Path, cli: Cli, store: config.Runtime) -> None:
     (project / "queue.yaml").write_text("queue:\n- name: pulled\n  mode: pull\n")
+    store.apply_queues()
 
-    managed = {queue["name"]: queue["managed"] for queue in cli("queues", "list", "--json").json["queues"]}
+    document = {queue["name"]: queue for queue in cli("queues", "list", "--json").json["queues"]}
 
-    assert managed == {"default": True, "mail": False, "pulled": True}
-    assert re.search(r"^mail +push +unmanaged ", cli("queues", "list").out, re.MULTILINE)
+    assert {name: queue["disabled"] for name, queue in document.items()} == {
+        "default": False,
+        "mail": True,
+        "pulled": False,
+    }
+    assert (document["mail"]["state"], document["mail"]["rate_enforced"]) == ("disabled: left queue.yaml", 0.0)
+    assert re.search(r"^mail +push +disab", cli("queues", "list").out, re.MULTILINE)
 
 
 def test_broken_queue_yaml_keeps_nobody_from_looking_and_pausing(project: Path, cli: Cli, store: config.Runtime) -> None:
@@ -917,9 +926,74 @@ def test_broken_queue_yaml_keeps_nobody_from_looking_and_pausing(project: Path, 
 
     shown = cli("queues", "list", "--json")
 
-    assert {queue["managed"] for queue in shown.json["queues"]} == {None}
-    assert shown.err.startswith(f"deferlib: warning: {project}/queue.yaml:2:1: ")
+    assert shown.err.startswith(f"deferlib: warning: queue.yaml isn't applied: {project}/queue.yaml:2:1: ")
+    assert shown.json["problem"].startswith(f"{project}/queue.yaml:2:1: ")
     assert cli("queues", "pause", "mail").code == 0
+
+
+def test_engines_trouble_with_its_queue_yaml_is_told(cli: Cli, store: config.Runtime) -> None:
+    store.store.run(lambda tx: tx.put_note("queue_file_error", "/elsewhere/queue.yaml:3:1: nonsense"))
+
+    assert "queue.yaml isn't applied: /elsewhere/queue.yaml:3:1: nonsense" in cli("queues", "list").err
+
+    store.apply_queues()
+    assert cli("queues", "list").err == ""
+    assert cli("queues", "list", "--json").json["problem"] is None
+
+
+def test_values_are_put_over_queue_yaml_and_taken_back(project: Path, cli: Cli, store: config.Runtime) -> None:
+    put = cli("queues", "put", "mail", "rate=20/s", "retry_parameters.task_retry_limit=9", "deferlib.first-limit-wins=true")
+    assert put == Run(0, "mail: rate=20/s, retry_parameters.task_retry_limit=9, deferlib.first_limit_wins=true\n", "")
+    document = cli("queues", "show", "mail", "--json").json
+    assert (document["rate"], document["retry"]["task_retry_limit"], document["retry"]["task_age_limit"]) == (20, 9, 3600)
+    assert (document["sources"]["rate"], document["sources"]["target"]) == ("command", "file")
+
+    store.apply_queues()
+    assert cli("queues", "show", "mail", "--json").json["rate"] == 20, "it stays, whatever the file says"
+
+    assert cli("queues", "put", "mail", "rate=").out == (
+        "mail: retry_parameters.task_retry_limit=9, deferlib.first_limit_wins=true\n"
+    )
+    assert cli("queues", "show", "mail", "--json").json["rate"] == pytest.approx(5 / 60)
+    assert cli("queues", "put", "mail", "--clear").out == "mail: nothing is put over it\n"
+    assert cli("queues", "show", "mail", "--json").json["retry"]["task_retry_limit"] == 2
+
+
+def test_queue_can_be_made_by_a_command_and_stays(cli: Cli, store: config.Runtime) -> None:
+    assert cli("queues", "put", "extra", "mode=pull").out == "extra: mode=pull\n"
+
+    store.apply_queues()
+
+    document = cli("queues", "show", "extra", "--json").json
+    assert (document["mode"], document["source"], document["disabled"]) == ("pull", "command", False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["mail"], 2, "say what to put"),
+        (["mail", "rate"], 2, "KEY=VALUE is needed"),
+        (["mail", "=5"], 2, "KEY=VALUE is needed"),
+        (["mail", "a.b.c=5"], 2, "KEY=VALUE is needed"),
+        (["mail", "name=x"], 2, "KEY=VALUE is needed"),
+        (["mail", "rate=5"], 2, "queue 'mail': rate 5: a number and a unit are needed"),
+        (["mail", "colour=red"], 2, "unknown key 'colour'"),
+        (["mail", "deferlib.deadline=1s"], 2, "15 s to 86400 s are allowed"),
+        (["mail", "mode=pull"], 2, "is a push queue, and stays one"),
+        (["a_b", "rate=5/s"], 2, "queue name 'a_b'"),
+        (["mail", "rate=["], 2, "rate '['"),
+        (["nope", "--clear"], 1, "there is no queue 'nope'"),
+    ],
+)
+def test_what_cannot_be_put_is_refused(cli: Cli, store: config.Runtime, argv: list[str], code: int, message: str) -> None:
+    before = cli("queues", "list", "--json").json
+
+    refused = cli("queues", "put", *argv)
+
+    assert (refused.code, refused.out) == (code, "")
+    assert message in refused.err
+    after = cli("queues", "list", "--json").json
+    assert [queue["sources"] for queue in after["queues"]] == [queue["sources"] for queue in before["queues"]]
 
 
 # --- config -----------------------------------------------------------------------------------------------------------

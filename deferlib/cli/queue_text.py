@@ -1,0 +1,124 @@
+"""A queue as a line, a list of fields and a JSON document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deferlib import queue_fields, queue_rows
+from deferlib.cli.show import iso, relative, seconds, when
+from deferlib.core.model import Micros, Mode, QueueRow, QueueStats
+
+_LENGTHS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+TITLES = ("QUEUE", "MODE", "STATE", "TASKS", "OLDEST", "AT ONCE", "RATE", "RAN/MIN", "ERR/MIN", "DEAD")
+
+
+def document(row: QueueRow, stats: QueueStats, now: Micros) -> dict[str, Any]:
+    """Return all there is to know of a queue, for programs."""
+    queue = row.config
+    return {
+        "name": row.name,
+        "mode": str(queue.mode),
+        "state": state(row),
+        "paused": row.paused,
+        "disabled": row.disabled,
+        "source": str(row.source),
+        "tasks": stats.tasks,
+        "waiting": stats.tasks - stats.in_flight,
+        "in_flight": stats.in_flight,
+        "dead": stats.dead,
+        "oldest_due": iso(stats.oldest_due),
+        "oldest_wait_seconds": None if stats.oldest_due is None else max(now - stats.oldest_due, 0) / 1e6,
+        "executed_last_minute": stats.executed_last_minute,
+        "failed_last_minute": stats.failed_last_minute,
+        "rate_now": round(stats.executed_last_minute / 60, 3),
+        "rate": queue.rate,
+        "rate_enforced": 0.0 if row.paused or row.disabled else queue.rate,
+        "bucket_size": queue.bucket_size,
+        "max_concurrent": queue.max_concurrent,
+        "target": queue.target or None,
+        "retry": {
+            "task_retry_limit": queue.retry.retry_limit,
+            "task_age_limit": seconds(queue.retry.age_limit),
+            "min_backoff_seconds": seconds(queue.retry.min_backoff),
+            "max_backoff_seconds": seconds(queue.retry.max_backoff),
+            "max_doublings": queue.retry.max_doublings,
+        },
+        "first_limit_wins": queue.retry.first_limit_wins,
+        "jitter": queue.retry.jitter,
+        "tombstone_seconds": seconds(queue.tombstone),
+        "deadline_seconds": seconds(queue.deadline),
+        "lost_limit": queue.lost_limit,
+        "sources": queue_rows.sources(row),
+        "owner": row.owner or None,
+        "owned_until": iso(row.owned_until) if row.owner else None,
+    }
+
+
+def line(row: QueueRow, stats: QueueStats, now: Micros) -> tuple[str, ...]:
+    """Return what `queues list` shows of a queue."""
+    limit = "" if row.config.max_concurrent is None else f"/{row.config.max_concurrent}"
+    return (
+        row.name,
+        str(row.config.mode),
+        state(row),
+        str(stats.tasks),
+        "" if stats.oldest_due is None else relative(stats.oldest_due, now),
+        "" if row.config.mode is Mode.PULL else f"{stats.in_flight}{limit}",
+        _rate(row, stats),
+        str(stats.executed_last_minute),
+        str(stats.failed_last_minute),
+        str(stats.dead),
+    )
+
+
+def fields(row: QueueRow, stats: QueueStats, now: Micros) -> list[tuple[str, str]]:
+    """Return what `queues show` shows of a queue before its configuration."""
+    return [
+        ("queue", row.name),
+        ("state", state(row)),
+        ("waiting", str(stats.tasks - stats.in_flight)),
+        ("in flight", str(stats.in_flight)),
+        ("dead letters", str(stats.dead)),
+        ("next due", when(stats.oldest_due, now)),
+        ("last minute", f"{stats.executed_last_minute} ran, {stats.failed_last_minute} failed"),
+        ("dispatched by", f"{row.owner} until {when(row.owned_until, now)}" if row.owner else ""),
+    ]
+
+
+def configuration(row: QueueRow) -> list[tuple[str, str, str]]:
+    """Return key, value and source of everything that is configured."""
+    sources = queue_rows.sources(row)
+    return [
+        (key, _value(value), sources[key] if sources[key] != "file" else "queue.yaml")
+        for key, value in queue_fields.values_of(row.config).items()
+    ]
+
+
+def state(row: QueueRow) -> str:
+    """Return whether a queue's tasks are dispatched, and why not."""
+    if row.config.mode is Mode.PULL:
+        return "pull"
+    if row.disabled:
+        return "disabled: left queue.yaml"
+    if row.paused:
+        return "paused"
+    return "paused: its rate is 0" if row.config.rate == 0 else "active"
+
+
+def _rate(row: QueueRow, stats: QueueStats) -> str:
+    """Return the rate of the last minute, of the one that is enforced; the configured one is in `queues show`."""
+    ran = stats.executed_last_minute / 60
+    rate = row.config.rate
+    if rate is None:
+        return f"{ran:.2g}/s"
+    unit, length = next(
+        ((unit, length) for unit, length in _LENGTHS.items() if rate * length >= 1 or rate == 0), ("d", _LENGTHS["d"])
+    )
+    enforced = 0 if row.paused or row.disabled else rate * length
+    return f"{ran * length:.2g} of {enforced:.4g}/{unit}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "unlimited" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
