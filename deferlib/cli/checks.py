@@ -72,13 +72,16 @@ def check(runtime: config.Runtime) -> Iterator[Finding]:
 
 def _settings(case: Case) -> Iterator[Finding]:
     queue_file = case.runtime.queue_file()
-    queues = case.runtime.queues()  # a mistake in queue.yaml ends the command, as it would end an engine
+    file = case.runtime.read_queues()  # a mistake in queue.yaml ends the command, as it would end an engine
+    queues = file.queues
     where = (
         f"{queue_file} with {count(len(queues), 'queue')}"
         if queue_file is not None
         else "no queue.yaml: one queue, default"
     )
     yield Finding(OK, "settings", f"project root {case.settings.root}; {where}")
+    for note in file.notes:
+        yield Finding(NOTE, "settings", note)
     for name in unknown_variables():
         yield Finding(WARNING, "settings", unknown_hint(name))
 
@@ -210,8 +213,19 @@ def _tasks_in(path: str) -> int:
 
 def _queues(case: Case) -> Iterator[Finding]:
     targets = case.runtime.targets
+    waiting = {each.queue: each.tasks for each in case.stats}
     for row in case.queues:
-        target = row.config.target
+        target, retry = row.config.target, row.config.retry
+        if row.disabled and waiting.get(row.name):
+            yield Finding(
+                WARNING, f"queue {row.name}", f"has left queue.yaml, and {count(waiting[row.name], 'task')} of it wait; "
+                f"put it back, or `deferlib queues purge {row.name}`"
+            )  # fmt: skip
+        if None not in (retry.retry_limit, retry.age_limit) and not retry.first_limit_wins:
+            yield Finding(
+                WARNING, f"queue {row.name}", "has both retry limits: a task is given up only when both are exceeded; "
+                "`deferlib: first_limit_wins: true` gives it up at the first"
+            )  # fmt: skip
         if target and targets.get(target) is None:
             yield Finding(
                 PROBLEM, f"queue {row.name}", f"its target {target!r} is unknown, so nothing of it is pushed; set "

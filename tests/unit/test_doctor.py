@@ -536,7 +536,40 @@ def test_paused_queue_is_a_note(doctor: Doctor, store: config.Runtime) -> None:
     found = doctor()
 
     assert found.of("queue mail", "note") == ["is paused; `deferlib queues resume mail`"]
-    assert found.of("queue default") == []
+
+
+def test_queue_that_left_queue_yaml_with_tasks_in_it_is_told(project: Path, doctor: Doctor) -> None:
+    (project / "queue.yaml").write_text("queue:\n- name: mail\n- name: empty\n")
+    config.runtime().apply_queues()
+    deferlib.defer(print, _queue="mail")
+    (project / "queue.yaml").write_text("queue:\n- name: default\n")
+    config.runtime().apply_queues()
+
+    found = doctor()
+
+    assert "has left queue.yaml, and 1 task of it wait" in found.of("queue mail", "warning")[0]
+    assert found.of("queue empty", "warning") == []
+
+
+def test_queue_with_both_retry_limits_is_told(project: Path, doctor: Doctor) -> None:
+    both = "{task_retry_limit: 3, task_age_limit: 1h}"
+    (project / "queue.yaml").write_text(
+        f"queue:\n- name: mail\n  retry_parameters: {both}\n"
+        f"- name: first\n  retry_parameters: {both}\n  deferlib: {{first_limit_wins: true}}\n"
+        "- name: one\n  retry_parameters: {task_retry_limit: 3}\n"
+    )
+    config.runtime().apply_queues()
+
+    found = doctor()
+
+    assert "only when both are exceeded" in found.of("queue mail", "warning")[0]
+    assert found.of("queue first", "warning") == found.of("queue one", "warning") == []
+
+
+def test_what_has_no_effect_in_queue_yaml_is_noted(project: Path, doctor: Doctor) -> None:
+    (project / "queue.yaml").write_text("total_storage_limit: 5M\nqueue:\n- name: mail\n")
+
+    assert doctor().of("settings", "note") == [f"{project}/queue.yaml:1:22: total_storage_limit isn't enforced"]
 
 
 def test_dead_letters_are_a_note(doctor: Doctor, store: config.Runtime) -> None:
