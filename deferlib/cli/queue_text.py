@@ -32,7 +32,7 @@ def document(row: QueueRow, stats: QueueStats, now: Micros) -> dict[str, Any]:
         "failed_last_minute": stats.failed_last_minute,
         "rate_now": round(stats.executed_last_minute / 60, 3),
         "rate": queue.rate,
-        "rate_enforced": 0.0 if row.paused or row.disabled else queue.rate,
+        "rate_enforced": 0.0 if row.held else queue.rate,
         "bucket_size": queue.bucket_size,
         "max_concurrent": queue.max_concurrent,
         "target": queue.target or None,
@@ -114,7 +114,7 @@ def _rate(row: QueueRow, stats: QueueStats) -> str:
     unit, length = next(
         ((unit, length) for unit, length in _LENGTHS.items() if rate * length >= 1 or rate == 0), ("d", _LENGTHS["d"])
     )
-    enforced = 0 if row.paused or row.disabled else rate * length
+    enforced = 0 if row.held else rate * length
     return f"{ran * length:.2g} of {enforced:.4g}/{unit}"
 
 

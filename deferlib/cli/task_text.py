@@ -142,7 +142,7 @@ def _state(row: TaskRow, now: Micros) -> str:
 def _next_run(row: TaskRow, queue: QueueRow | None, view: View) -> str:
     """Say when the task runs next, as far as its row and its queue's tell."""
     now = view.now
-    paused = "; but its queue is paused" if queue is not None and queue.paused else ""
+    paused = f"; but its queue {queue.held}" if queue is not None and queue.held else ""
     if not paused and not view.served:
         paused = "; but no engine serves this store: `deferlib engine`, or `deferlib dev`"
     match row.state(now):

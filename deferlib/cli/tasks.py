@@ -260,8 +260,8 @@ def _run(tx: Tx, row: TaskRow, now: Micros) -> tuple[bool, str]:
         return False, f"runs already (attempt {row.attempts})"
     if not tx.reschedule(now, row.queue, [str(row.id)], now):
         return False, "could not be moved"
-    paused = any(queue.paused for queue in tx.queues() if queue.name == row.queue)
-    return True, "is due now; its queue is paused" if paused else "is due now"
+    held = next((queue.held for queue in tx.queues() if queue.name == row.queue), "")
+    return True, f"is due now; its queue {held}" if held else "is due now"
 
 
 def _retry(tx: Tx, row: TaskRow, now: Micros) -> tuple[bool, str]:

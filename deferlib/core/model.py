@@ -226,6 +226,15 @@ class QueueRow(NamedTuple):
     def name(self) -> str:
         return self.config.name
 
+    @property
+    def held(self) -> str:
+        """Why nothing of the queue is dispatched, whatever is due; '' if something may be."""
+        if self.disabled:
+            return "has left queue.yaml"
+        if self.paused:
+            return "is paused"
+        return "is paused by its rate of 0" if self.config.rate == 0 else ""
+
 
 class TaskRow(NamedTuple):
     """A task, tombstone or dead letter as the store has it, for people to look at."""

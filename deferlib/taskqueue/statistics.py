@@ -128,5 +128,5 @@ def _of(queue: Queue, stats: QueueStats, row: QueueRow) -> QueueStatistics:
         stats.oldest_due,
         stats.executed_last_minute,
         stats.in_flight,
-        0.0 if row.paused else row.config.rate,
+        0.0 if row.held else row.config.rate,
     )

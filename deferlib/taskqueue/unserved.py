@@ -21,7 +21,7 @@ _NEVER = float("inf")
 
 def oldest_due(tx: Tx, now: Micros) -> Micros | None:
     """Return since when a task has been due that an engine would deliver; None if there is none."""
-    queues = [row.name for row in tx.queues() if not row.paused and row.config.mode is Mode.PUSH]
+    queues = [row.name for row in tx.queues() if not row.held and row.config.mode is Mode.PUSH]
     dues = [each.oldest_due for each in tx.stats(now, queues) if each.oldest_due is not None]
     return min((due for due in dues if due <= now), default=None)
 
