@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from deferlib import config, context, deadline, namespaces, payload, token
 from deferlib.context import Dispatch, TaskContext
 from deferlib.errors import (
+    BodyTooLongError,
     DeadlineExceededError,
     PayloadError,
     PayloadKeyUnknownError,
@@ -88,6 +89,9 @@ WRONG_METHOD = Answer(HTTPStatus.METHOD_NOT_ALLOWED, "retry", "Deferred calls co
 def refuse(error: TokenError) -> Answer:
     """Return the answer to a request whose token isn't valid: the engine's or this process's keys are at fault."""
     text = payload.one_line(str(error), _ANSWER_BYTES)
+    if isinstance(error, BodyTooLongError):  # whoever sent it; a task's is charged for it
+        log.error("a request was refused: %s", text)
+        return Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "retry", text)
     log.error("a request with an invalid dispatch token was refused: %s", text)
     return Answer(HTTPStatus.FORBIDDEN, "untrusted", f"The dispatch token is refused: {text}")
 
@@ -232,7 +236,10 @@ def _run_loop(value: Awaitable[Any]) -> Any:
 
     try:
         asyncio.get_running_loop()
+        busy = True
     except RuntimeError:
+        busy = False
+    if not busy:
         return asyncio.run(uncancelled(value))
     with ThreadPoolExecutor(1) as pool:  # this thread's loop is busy calling us; another thread has none
         return pool.submit(copy_context().run, asyncio.run, uncancelled(value)).result()

@@ -78,6 +78,10 @@ running: ContextVar[TaskContext | None] = ContextVar("deferlib_task", default=No
 request_host: ContextVar[str | None] = ContextVar("deferlib_host", default=None)
 
 
+# Of a request that may be a deferred call, though it isn't at the handler's URL: not empty once somebody runs the call.
+call_taken: ContextVar[list[bool] | None] = ContextVar("deferlib_call_taken", default=None)
+
+
 def current_task() -> TaskContext | None:
     """Return the task this code runs in, or None outside one."""
     return running.get()

@@ -9,6 +9,8 @@ isn't interrupted. That it never reaches anything but its own call rests on this
   on its way is taken back. That is repeated until no exception came in between.
 - A thread has one live call at most: one inside another suspends it, or has no watch of its own if the other's ends first.
 
+A call isn't told while it is in code that would be left with a lock (`_LOCKING`): the watchdog tries again.
+
 An exception that arrives in a callback whose errors Python ignores (`__del__`) is lost; the engine's own timeout remains.
 """
 
@@ -24,6 +26,7 @@ from contextlib import suppress
 from functools import cache, partial
 from math import inf
 from time import monotonic
+from types import FrameType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from deferlib import config
@@ -45,10 +48,15 @@ def call(task: TaskContext, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kw
     """Call *fn*; shortly before *task*'s deadline a `DeadlineExceededError` is raised in it, unless it is over by then.
 
     How long before is the setting `deadline_margin`, at most half of the time that is left. Nothing is raised if the
-    setting says `off`, by a clock of tests, or under gevent.
+    setting says `off`, by a clock of tests, or under gevent. What comes after its deadline isn't called at all: nobody
+    waits for it, and its next attempt may run already.
     """
     seconds = _seconds(task)
-    return fn(*args, **kwargs) if seconds is None else within(seconds, fn, *args, **kwargs)
+    if seconds is None:
+        return fn(*args, **kwargs)
+    if seconds <= 0:
+        raise DeadlineExceededError(f"it came too late: its dispatch deadline was {task.deadline:%Y-%m-%d %H:%M:%S} UTC")
+    return within(seconds, fn, *args, **kwargs)
 
 
 def within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -62,11 +70,7 @@ def within(seconds: float, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwa
         return _guarded(_Call(at, thread), partial(fn, *args, **kwargs))
     if outer.at <= at:  # its exception comes first, and this is a part of it
         return fn(*args, **kwargs)
-    outer.suspend()
-    try:
-        return _guarded(_Call(at, thread), partial(fn, *args, **kwargs))
-    finally:
-        outer.resume()  # if its time came meanwhile, it is told here
+    return _suspending(outer, partial(_guarded, _Call(at, thread), partial(fn, *args, **kwargs)))
 
 
 def shielded(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -74,11 +78,21 @@ def shielded(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     outer = _watchdog.calls.get(threading.get_ident())
     if outer is None:
         return fn(*args, **kwargs)
+    return _suspending(outer, partial(fn, *args, **kwargs))
+
+
+def _suspending(outer: _Call, fn: Callable[[], T]) -> T:
+    """Call *fn*; *outer*, which it is a part of, is told afterwards if its time came meanwhile."""
     outer.suspend()
     try:
-        return fn(*args, **kwargs)
-    finally:
-        outer.resume()  # if its time came meanwhile, it is told here
+        result = fn()
+    except BaseException:
+        outer.resume()  # what goes out (Ctrl-C, the store's error) isn't replaced by an exception of ours
+        raise
+    outer.resume()
+    if outer.at <= monotonic():  # now: a call that is suspended most of the time is rarely met by the watchdog
+        outer.tell()
+    return result
 
 
 def unguarded(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -170,7 +184,7 @@ def _guarded(call: _Call, fn: Callable[[], T]) -> T:
 class _Call:
     """A call that runs in *thread* and is to be told at *at*, by the monotonic clock."""
 
-    __slots__ = ("at", "live", "lock", "raised", "thread")
+    __slots__ = ("at", "live", "lock", "patience", "raised", "thread")
 
     def __init__(self, at: float, thread: int) -> None:
         self.at = at
@@ -178,13 +192,22 @@ class _Call:
         self.lock = threading.Lock()
         self.live = True
         self.raised = False
+        self.patience = _FIRST_PATIENCE
 
-    def tell(self) -> None:
-        """Raise in the call, once."""
+    def tell(self) -> bool:
+        """Raise in the call, once; False if it is in code where that would do harm, and is to be tried again."""
         with self.lock:
             if self.live and not self.raised:
+                if self.thread != threading.get_ident() and _delicate(self.thread):
+                    return False
                 self.raised = True
                 _interpreter().raise_in(self.thread, _interpreter().deadline)
+        return True
+
+    def put_off(self, now: float) -> None:
+        """Try again soon, and later and later: a call may wait in such code for hours."""
+        self.at = now + self.patience
+        self.patience = min(self.patience * 1.1, _LONGEST_PATIENCE)
 
     def end(self) -> bool:
         """Let no exception come from now on. It may come while this runs; to be repeated then, until it returns True."""
@@ -205,8 +228,6 @@ class _Call:
         with self.lock:
             self.live = True
         _watchdog.add(self)
-        if self.at <= monotonic():  # here, because a call that is suspended most of the time is rarely met by the watchdog
-            self.tell()
 
 
 # --- the watchdog -----------------------------------------------------------------------------------------------------
@@ -262,13 +283,43 @@ class _Watchdog:
             if earliest <= now:
                 earliest = inf
             for call in list(self.calls.values()):  # in one step: no call is added or removed meanwhile
-                if call.at <= now:
-                    call.tell()
-                elif call.at < earliest:
+                if call.at <= now and not call.tell():
+                    call.put_off(now)
+                if now < call.at < earliest:
                     earliest = call.at
             # A call that is added from here on sees when this wakes; one that was added before has rung, or waits longer.
             self._next = earliest
             self._bell.acquire(timeout=min(earliest - now, threading.TIMEOUT_MAX))
+
+
+# Code that takes and gives back locks by functions of Python. At the beginning of such a function an exception finds no
+# `try` around it: the lock would be held for ever, and with it everybody who logs, waits, or imports.
+_LOCKING = frozenset(
+    {
+        "_frozen_importlib", "_frozen_importlib_external", "concurrent", "importlib", "logging", "multiprocessing", "queue",
+        "threading",
+    }
+)  # fmt: skip
+_INNERMOST = _LOCKING | {"_weakrefset", "contextlib", "deferlib", "weakref"}  # these stand around whole calls, too
+_FIRST_PATIENCE = 0.0005  # seconds
+_LONGEST_PATIENCE = 0.02
+
+
+def _delicate(thread: int) -> bool:
+    """Tell whether *thread* is in such code. It doesn't go on before it is told: nobody else gets the GIL in between."""
+    frame = sys._current_frames().get(thread)
+    if frame is None or _module(frame) in _INNERMOST:
+        return True
+    while frame is not None and frame.f_code is not _guarded.__code__:
+        if _module(frame) in _LOCKING:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _module(frame: FrameType) -> str:
+    name = frame.f_globals.get("__name__")
+    return name.partition(".")[0] if isinstance(name, str) else ""
 
 
 # Where greenlets stand in for threads, all of them are one thread, and an exception would come to whichever runs.

@@ -237,6 +237,7 @@ def run(data: bytes) -> Any:
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise PayloadUnverifiedError(f"a payload is bytes, as serialize() returns them, not {type(data).__name__}")
+    _take()
     envelope = payload.verify(bytes(data), config.runtime().ring, None)
     fn, args, kwargs = payload.load_call(envelope)
     return attempt.finished(fn(*args, **kwargs))
@@ -275,6 +276,7 @@ class Handler:
             if isinstance(dispatch, attempt.Answer):
                 return dispatch.response
             current = attempt.Attempt(dispatch)
+        _take()
         attempt.finished(current.load(inbound.read_body(environ))())
         return attempt.SUCCESS.response
 
@@ -292,6 +294,7 @@ class Handler:
     def _attempt(self, dispatch: Dispatch, environ: dict[str, Any]) -> Response:
         response: Response | None = None
         context.request_host.set(environ.get("HTTP_HOST"))  # in a context of its own
+        _take()
         with attempt.Attempt(dispatch) as current:
             environ[_ATTEMPT_KEY] = current
             response = current.run(self.run_from_request, environ)
@@ -319,6 +322,12 @@ class Handler:
         body, status, headers = self.post(environ)
         start_response(f"{status:d} {HTTPStatus(status).phrase}", headers)
         return [body.encode()]
+
+
+def _take() -> None:
+    taken = context.call_taken.get()
+    if taken is not None:
+        taken.append(True)
 
 
 def is_at_queues_url(dispatch: Dispatch) -> bool:

@@ -197,6 +197,10 @@ class TokenError(Error):
     """The request carries no valid dispatch token."""
 
 
+class BodyTooLongError(TokenError):
+    """The request's body is longer than any task's may be; see the setting `limits`."""
+
+
 # --- configuration --------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from deferlib import config, token
 from deferlib.config import Runtime
 from deferlib.context import ENVIRON_KEY, Dispatch
-from deferlib.errors import TokenError
+from deferlib.errors import BodyTooLongError
 
 TASK_ADDRESS = "0.1.0.2"  # where App Engine's tasks come from
 NO_ADDRESS = "0.0.0.0"  # stands for a client that claims to be TASK_ADDRESS; nothing is bound to it
@@ -44,9 +44,9 @@ def content_length(text: str) -> int | None:
     return int(text)
 
 
-def too_long() -> TokenError:
+def too_long() -> BodyTooLongError:
     """Return the error of a body that is longer than any task's."""
-    return TokenError(f"the body has more than {max_body()} bytes; see the setting 'limits'")
+    return BodyTooLongError(f"the body has more than {max_body()} bytes; see the setting 'limits'")
 
 
 # --- WSGI -----------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def parse(value: object) -> Limits:
         profile = given.pop("profile", "appengine")
     else:
         raise ConfigError(f"{value!r} is no profile and no table of limits")
-    if profile not in PROFILES:
+    if not isinstance(profile, str) or profile not in PROFILES:
         raise ConfigError(f"profile {profile!r}: {' or '.join(PROFILES)} is allowed, then NAME=NUMBER")
     for name in given:
         if name not in TABLE:

@@ -161,7 +161,7 @@ class Setting(NamedTuple):
     def shown(self) -> Any:
         """The value for people: keys and passwords masked."""
         if self.value is None:
-            return None
+            return None if self.source == "default" else "off"
         if SETTINGS[self.name].secret:
             return _SECRET
         if isinstance(self.value, limits.Limits):
@@ -233,7 +233,7 @@ def load_settings(
         except ConfigError as error:
             raise ConfigError(f"setting {name!r} from {source}: {error}") from None
         except (ValueError, OverflowError):
-            shown = _SECRET if kind.secret else mask(repr(value))
+            shown = _SECRET if kind.secret else mask(repr(value)[:200])
             raise ConfigError(f"setting {name!r} from {source}: {shown} is not {kind.allowed}") from None
     return Settings(root, found)
 

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from deferlib import attempt as attempts
 from deferlib import config, deadline, deferred, inbound, namespaces, payload, token
-from deferlib.context import ENVIRON_KEY, Dispatch, request_host, running
+from deferlib.context import ENVIRON_KEY, Dispatch, call_taken, request_host, running
 from deferlib.errors import DeadlineExceededError, TokenError
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -86,12 +86,14 @@ class Middleware:
         """Run a request to its queue's default URL: by the app's view, or if it has none, as the call that it may be."""
         data = await body.read(scope["headers"])
         messages: list[Message] = []
+        taken: list[bool] = []
+        call_taken.set(taken)
 
         async def keep(message: Message) -> None:
             messages.append(message)
 
         await self._attempt(dispatch, scope, body.replay, keep)
-        if messages and messages[0].get("status") == HTTPStatus.NOT_FOUND and payload.is_envelope(data):
+        if messages and not taken and messages[0].get("status", 500) < 500 and payload.is_envelope(data):
             return await _respond(send, await perform(dispatch, data))
         for message in messages:
             await send(message)

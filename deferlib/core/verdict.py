@@ -114,6 +114,8 @@ def _reason(claim: Claim, result: Result) -> str:
         return str(result.kind)
     if result.status == 404 and not result.outcome and claim.url == _DEFERRED_URL:
         return "HTTP 404: the handler of deferred calls is not mounted there; wrap the app with deferlib.wrap_wsgi_app"
+    if result.status == 414:
+        return f"HTTP 414: the server refuses a URL of {len(claim.url)} bytes; put what is long into a POST task's payload"
     return f"HTTP {result.status}"
 
 

@@ -229,6 +229,8 @@ def call(app: WsgiApp, delivery: Delivery, now: Micros, clock: Clock) -> Answer:
     body = app(_environ(delivery, now, clock), answer.start)
     try:
         answer.take(body)
+        if not answer.status:
+            raise RuntimeError("the app didn't call start_response")
     finally:
         close = getattr(body, "close", None)
         if close is not None:

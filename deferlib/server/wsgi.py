@@ -7,7 +7,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 from deferlib import attempt, config, deadline, deferred, inbound, namespaces, payload
-from deferlib.context import Dispatch, request_host, running
+from deferlib.context import Dispatch, call_taken, request_host, running
 from deferlib.errors import DeadlineExceededError, NotAvailableError, TokenError
 
 StartResponse = Callable[..., Any]
@@ -45,16 +45,17 @@ class Middleware:
         running.set(task)
         namespaces.set_namespace(task.namespace)
         namespaces.default_namespace.set(dispatch.default_namespace)
-        may_be_call = self.use_deferred and deferred.is_at_queues_url(dispatch)
-        if may_be_call:
-            inbound.read_body(environ)  # the app may read it, too
+        taken: list[bool] | None = None
+        if self.use_deferred and deferred.is_at_queues_url(dispatch) and payload.is_envelope(inbound.read_body(environ)):
+            taken = []
+            call_taken.set(taken)
         answer = _Answer()
         try:
             body = deadline.call(task, answer.collect, self.app, environ)
         except DeadlineExceededError as error:
             return attempt.stopped(task, error).respond(start_response)
         if answer.started is not None:
-            if may_be_call and answer.started[0].startswith("404") and payload.is_envelope(inbound.read_body(environ)):
+            if taken == [] and answer.started[0] < "5":  # an answer of a view that knows nothing of calls
                 return deferred.application(environ, start_response)
             start_response(*answer.started)
         return body

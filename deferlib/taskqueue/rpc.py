@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from deferlib import deadline as deadlines
-from deferlib.errors import InvalidDeadlineError, RPCDeadlineExceededError
+from deferlib.errors import InvalidDeadlineError, RPCDeadlineExceededError, TaskQueueError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,6 +49,7 @@ class UserRPC:
         self._until: float | None = None
         self._expired: RPCDeadlineExceededError | None = None
         self._called_back = False
+        self._process = 0  # that made the call
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -99,8 +100,21 @@ class UserRPC:
 
     @property
     def future(self) -> Future[Any]:
-        """The `concurrent.futures.Future` of the answer, for `asyncio.wrap_future` and its like. It is not the result."""
-        return self._started()
+        """A `concurrent.futures.Future` of the answer, for `asyncio.wrap_future` and its like. It is not the result.
+
+        To cancel it cancels the waiting, not the request.
+        """
+        from concurrent.futures import Future
+
+        copy: Future[Any] = Future()
+
+        def pass_on(done: Future[Any]) -> None:
+            if copy.set_running_or_notify_cancel():
+                error = done.exception() if not done.cancelled() else self._expired
+                copy.set_exception(error) if error is not None else copy.set_result(done.result())
+
+        self._started().add_done_callback(pass_on)
+        return copy
 
     # --- what it does -----------------------------------------------------------------------------------------------
 
@@ -118,6 +132,7 @@ class UserRPC:
         self._method, self._request, self._hook, self._user_data = method, request, get_result_hook, user_data
         if self._deadline is not None:
             self._until = time.monotonic() + self._deadline
+        self._process = os.getpid()
         self._future = deadlines.shielded(_submit, work)
 
     def wait(self) -> None:
@@ -125,6 +140,8 @@ class UserRPC:
         from concurrent.futures import wait
 
         future = self._started()
+        if not future.done() and self._process != os.getpid():
+            raise TaskQueueError("this request was begun before the process was forked: only the parent hears of its end")
         if self._expired is None and not future.done():
             wait([future], None if self._until is None else max(self._until - time.monotonic(), 0))
             if not future.done():
@@ -224,11 +241,26 @@ def check_rpc(rpc: object) -> None:
 def _submit(work: Callable[[], Any]) -> Future[Any]:
     global _pool
     with _pool_lock:
-        if _pool is None:
-            from concurrent.futures import ThreadPoolExecutor  # 5 ms: only where it is needed
+        try:
+            if _pool is None:
+                from concurrent.futures import ThreadPoolExecutor  # 5 ms: only where it is needed
 
-            _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="deferlib.rpc")
-        return _pool.submit(work)
+                _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="deferlib.rpc")
+            return _pool.submit(work)
+        except RuntimeError:  # the interpreter is ending, and starts no threads: do it here
+            pass
+    return _done_here(work)
+
+
+def _done_here(work: Callable[[], Any]) -> Future[Any]:
+    from concurrent.futures import Future
+
+    future: Future[Any] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def _after_fork() -> None:

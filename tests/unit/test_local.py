@@ -146,7 +146,7 @@ def test_error_while_the_answer_is_read_is_a_failure_and_the_answer_is_closed(ma
 
 
 def test_answer_without_a_status_is_no_success(make: Make) -> None:
-    assert outcome_of(make(lambda environ, start_response: [])).status == 0
+    assert outcome_of(make(lambda environ, start_response: [])).status == 500
     assert outcome_of(make(lambda environ, start_response: start_response("OK", []))).status == 500
 
 

@@ -357,3 +357,40 @@ def test_forked_child_has_threads_of_its_own(path: Path) -> None:
 
     assert subprocess.run([sys.executable, "-c", script], timeout=30, env={**os.environ}).returncode == 0
     assert tasks_in("q1") == 3
+
+
+def test_request_of_the_parent_is_told_so_in_the_child(path: Path) -> None:
+    script = (
+        "import os, deferlib\nfrom deferlib.taskqueue import Queue, Task\n"
+        f"deferlib.configure(store='sqlite:///{path}')\n"
+        "gate = __import__('threading').Event()\n"
+        "call = deferlib.taskqueue.create_rpc()\ncall.make_call('Own', None, gate.wait)\n"
+        "child = os.fork()\n"
+        "if child:\n gate.set()\n call.get_result()\n os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "try:\n call.get_result()\nexcept deferlib.taskqueue.Error as error:\n os._exit('forked' not in str(error))\n"
+        "os._exit(9)\n"
+    )
+
+    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0
+
+
+def test_add_at_the_very_end_of_the_program_is_done(path: Path) -> None:
+    script = (
+        "import atexit, deferlib\nfrom deferlib.taskqueue import Queue, Task\n"
+        f"deferlib.configure(store='sqlite:///{path}')\n"
+        "atexit.register(lambda: Queue('q1').add_async(Task(url='/x')).get_result())\n"
+    )
+
+    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0
+    assert tasks_in("q1") == 1
+
+
+def test_whoever_stops_waiting_cancels_no_request(path: Path) -> None:
+    task = Task()
+    with busy(path):
+        call = Queue("q1").add_async(task)
+        waiting = call.future
+        assert waiting.cancel()
+
+    assert call.get_result() is task
+    assert tasks_in("q1") == 1
