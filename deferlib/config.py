@@ -13,7 +13,7 @@ from deferlib import keys, queue_fields, queue_rows, queue_yaml
 from deferlib.clock import Clock
 from deferlib.context import SYSTEM_CLOCK
 from deferlib.core.model import QueueConfig, QueueSource
-from deferlib.errors import ConfigError, KeyringError
+from deferlib.errors import ConfigError, InvalidQueueError, KeyringError
 from deferlib.limits import Limits
 from deferlib.queue_fields import Place
 from deferlib.queue_rows import Applied
@@ -181,12 +181,23 @@ class Runtime:
             self._store.close()
 
     def _open(self) -> Store:
-        queues = self.queues()  # first: a mistake in queue.yaml shall not leave a new store behind
+        problem: InvalidQueueError | None = None
+        try:
+            queues = self.queues()  # first: a mistake in queue.yaml shall not leave a new store behind
+        except InvalidQueueError as error:
+            path = self.store_path
+            if path is None or not os.path.exists(path):
+                raise
+            queues, problem = [], error
         store = self.given_store or connect(self.settings["store"], self.settings.root)
         try:
             store.migrate()
             with store.read() as tx:
                 known = {row.name for row in tx.queues()}
+            if problem is not None:
+                if not known:
+                    raise problem
+                log.error("queue.yaml isn't applied, and the queues are as they were: %s", problem)
             missing = [config for config in queues if config.name not in known]
             if missing:
                 store.run(lambda tx: tx.put_queues(missing, QueueSource.LIBRARY))

@@ -331,11 +331,12 @@ def _rate_text(rate: float | None) -> str | None:
     """Return a rate with the largest unit in which it is exact."""
     if rate is None:
         return None
-    for unit, length in (("s", 1), ("m", 60), ("h", 3_600), ("d", 86_400)):
-        number = f"{rate * length:.15g}"
-        if float(number) / length == rate and "e" not in number and (float(number) >= 1 or rate == 0):
-            return f"{number}/{unit}"
-    return f"{rate * 86_400:.17f}/d"
+    for unit, length in _UNITS.items():
+        for digits in (15, 16, 17):
+            number = f"{rate * length / SECOND:.{digits}g}"
+            if "e" not in number and float(number) * SECOND / length == rate and (float(number) >= 1 or rate == 0):
+                return f"{number}/{unit}"
+    return f"{rate * DAY / SECOND:.20f}/d"
 
 
 def _span_text(span: Micros) -> str:

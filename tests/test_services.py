@@ -387,7 +387,6 @@ def test_changed_file_is_in_force_within_a_second_and_a_broken_one_changes_nothi
     assert "isn't applied" not in system.cli("queues", "list").stderr
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="QueueState.configure keeps a tat of the former rate")
 def test_rate_is_lifted_at_once_though_the_old_one_has_no_token_for_a_minute(system: System) -> None:
     slow = QUEUES.replace("rate: 10/s", "rate: 1/m").replace("bucket_size: 10", "bucket_size: 2")
     system.rewrite(slow)
@@ -437,7 +436,6 @@ def test_task_for_a_target_that_nobody_configured_waits_and_says_so(system: Syst
     assert "DEFERLIB_TARGETS=nowhere=http://HOST:PORT" in told
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="the doctor tells of a reason only after an attempt")
 def test_doctor_tells_of_a_task_whose_own_target_nobody_configured(system: System) -> None:
     system.start("web", "worker", "engine")
     taskqueue.add(url="/tasks/publish", params={"photo": 1}, target="elsewhere")

@@ -246,7 +246,10 @@ def _failing(case: Case, store: Store) -> Iterator[Finding]:
     """Tell of tasks that wait because their attempts fail; whatever is wrong, the last error says most of it."""
     with store.read() as tx:
         rows = [
-            row for queue in case.queues for row in tx.tasks(queue.name, Page(limit=_SAMPLE)) if row.reason and row.attempts
+            row
+            for queue in case.queues
+            for row in tx.tasks(queue.name, Page(limit=_SAMPLE))
+            if row.reason and (row.attempts or row.reason.startswith("target"))
         ]
     if rows:
         last = max(rows, key=lambda row: row.eta)

@@ -88,10 +88,11 @@ def fields(row: QueueRow, stats: QueueStats, now: Micros) -> list[tuple[str, str
 def configuration(row: QueueRow) -> list[tuple[str, str, str]]:
     """Return key, value and source of everything that is configured."""
     sources = queue_rows.sources(row)
-    return [
-        (key, _value(value), sources[key] if sources[key] != "file" else "queue.yaml")
-        for key, value in queue_fields.values_of(row.config).items()
-    ]
+    rows = []
+    for key, value in queue_fields.values_of(row.config).items():
+        text = "none" if key == "target" and value is None else _value(value)
+        rows.append((key, text, "queue.yaml" if sources[key] == "file" else sources[key]))
+    return rows
 
 
 def state(row: QueueRow) -> str:

@@ -44,7 +44,11 @@ class QueueFileWatch:
         stamp = self._stamp()
         if stamp == self._seen and not self.asked:
             return
+        gone = stamp is None and self._seen is not None
         self._seen, self.asked = stamp, False
+        if gone:  # it is being replaced, perhaps
+            log.warning("queue.yaml is gone, and the queues stay as they are")
+            return
         try:
             applied = self._runtime.apply_queues()
         except Error as error:

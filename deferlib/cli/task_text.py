@@ -71,7 +71,7 @@ def document(row: TaskRow, view: View) -> dict[str, Any]:
         "key": row.key_id.hex() or None,
         "deadline_seconds": seconds(_deadline(row, queue)),
         "retry": _retry(row),
-        "queue_paused": queue is not None and queue.paused,
+        "queue_paused": queue is not None and bool(queue.held),
         "engine": view.served,
         "history": [
             {

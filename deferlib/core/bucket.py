@@ -10,6 +10,8 @@ import math
 
 from deferlib.core.model import SECOND, Micros
 
+NEVER: Micros = 2**62
+
 
 def interval_of(rate: float) -> Micros:
     """Return the microseconds per task of *rate* (dispatches per second), rounded up so that the rate is never exceeded."""
@@ -29,3 +31,8 @@ def spent(tat: Micros, interval: Micros, count: int, now: Micros) -> Micros:
 def next_token(tat: Micros, interval: Micros, size: int, now: Micros) -> Micros:
     """Return when the next token is there: *now* or later."""
     return max(now, tat + interval - size * interval)
+
+
+def latest(rate: float | None, size: int, now: Micros) -> Micros:
+    """Return the latest *tat* that *rate* can have made by *now*: that of an empty bucket."""
+    return now + size * interval_of(rate) if rate else NEVER

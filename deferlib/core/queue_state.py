@@ -31,13 +31,13 @@ class QueueState:
         self.owned_by_other_until: Micros = 0
 
     def configure(self, row: QueueRow) -> None:
+        self.tat = row.tat
         if (row.config, row.paused, row.disabled) != (self.config, self.paused, self.disabled):
             self.look_at = 0
         self.config = row.config
         self.paused = row.paused
         self.disabled = row.disabled
         self.interval = bucket.interval_of(row.config.rate) if row.config.rate else 0
-        self.tat = max(self.tat, row.tat)
 
     def woken(self, now: Micros) -> None:
         """Take a hint that something may be due.

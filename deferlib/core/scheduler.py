@@ -33,7 +33,7 @@ from deferlib.core.verdict import failed_fast, given_up, release, verdict
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 ISOLATION_DELAY: Micros = SECOND // 50
-UNRESOLVED_DELAY: Micros = 30 * SECOND
+UNRESOLVED_DELAY: Micros = 5 * SECOND
 NEVER: Micros = 2**62
 
 

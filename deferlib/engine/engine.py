@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from deferlib.clock import Clock
+from deferlib.core import bucket
 from deferlib.core.model import (
     MINUTE,
     SECOND,
@@ -21,6 +22,7 @@ from deferlib.core.model import (
     Limiter,
     Micros,
     Outcome,
+    QueueRow,
     Result,
 )
 from deferlib.core.scheduler import Scheduler
@@ -298,9 +300,7 @@ class Engine:
             self._hinted = False
             self._scheduler.woken(now)
         if now >= self._reread_at:
-            with self._store.read() as tx:
-                rows = tx.queues()
-            self._scheduler.configure(rows)
+            self._scheduler.configure(self._rows(now))
             self._reread_at = now + _REREAD
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP  # before trying: on a full disk a sweep must fail one turn, not all of them
@@ -308,6 +308,18 @@ class Engine:
                 swept = tx.sweep(now, _SWEEP_SLICE)
             if swept:
                 self._sweep_at = now + SECOND // 10
+
+    def _rows(self, now: Micros) -> list[QueueRow]:
+        """Read the queues; a limiter that is ahead of any that the queue's rate could have made is set right."""
+        with self._store.read() as tx:
+            rows = tx.queues()
+        latest = {row.name: bucket.latest(row.config.rate, row.config.bucket_size, now) for row in rows}
+        ahead = {row.name: latest[row.name] for row in rows if row.tat > latest[row.name]}
+        if ahead:  # its rate was lower before, or the clock has gone back: it would let nothing through for hours
+            with self._store.begin() as tx:
+                tx.cap(ahead)
+            rows = [row._replace(tat=min(row.tat, ahead.get(row.name, row.tat))) for row in rows]
+        return rows
 
     def _troubled(self, error: Exception, pause: Micros) -> Micros:
         """Log what failed a turn; return when to try again."""

@@ -89,6 +89,9 @@ class Tx(Protocol):
         takes a queue over finds nothing of the former owner in flight.
         """
 
+    def cap(self, tats: Mapping[str, Micros]) -> None:
+        """Lower the limiters of these queues to no more than that: one of another rate, or of a clock that went back."""
+
     def fly(self, node: str, until: Micros, tasks: Mapping[str, int]) -> None:
         """Say how many tasks of which queue *node* has in flight; that counts until *until*."""
 

@@ -320,6 +320,10 @@ class SqliteTx:
                 owned[queue] = Limiter._make(row[0])
         return owned
 
+    def cap(self, tats: Mapping[str, Micros]) -> None:
+        for queue, tat in tats.items():
+            self._run("cap", {"queue": queue, "tat": tat})
+
     def fly(self, node: str, until: Micros, tasks: Mapping[str, int]) -> None:
         for queue, count in tasks.items():
             self._run("fly" if count else "land", {"queue": queue, "node": node, "tasks": count, "until": until})

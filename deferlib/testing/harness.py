@@ -161,9 +161,7 @@ class Harness:
 
     def _reread(self) -> None:
         """Take the queues as they are now: the engine by itself looks once a second, and this clock stands still."""
-        with self._store.read() as tx:
-            rows = tx.queues()
-        self._scheduler.configure(rows)
+        self._engine.reread()
 
     def _page(self, queue: str, state: TaskState) -> list[TaskView]:
         views: list[TaskView] = []

@@ -162,7 +162,7 @@ def test_dates_and_the_like_are_kept_as_text(store: Store, tmp_path: Path) -> No
                 {},
                 optional={
                     "task_retry_limit": st.integers(0, 100),
-                    "task_age_limit": st.from_regex(r"[1-9][0-9]{0,3}[smhd]", fullmatch=True),
+                    "task_age_limit": st.from_regex(r"[1-9][0-9]{0,2}[smhd]", fullmatch=True),
                     "min_backoff_seconds": st.floats(0, 10).map(lambda x: round(x, 3)),
                     "max_backoff_seconds": st.floats(10, 9_999).map(lambda x: round(x, 3)),
                     "max_doublings": st.integers(0, 30),

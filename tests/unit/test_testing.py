@@ -14,7 +14,7 @@ import pytest
 
 import deferlib
 from deferlib import config, namespaces, taskqueue, testing
-from deferlib.core.model import Claim, Delivery
+from deferlib.core.model import Claim, Delivery, QueueConfig, QueueSource
 from deferlib.errors import ConfigError
 from deferlib.testing.failpoints import FailpointError, from_environ
 
@@ -134,6 +134,22 @@ def test_retries_in_a_limited_queue_run_at_their_times(limit: dict[str, Any]) ->
         attempts = engine.advance(1.5)
 
     assert [(each.at - START).total_seconds() for each in attempts] == [0, 0.1, 0.3, 0.7, 1.5]
+
+
+def test_rate_that_is_lifted_lets_calls_through_at_once() -> None:
+    """What the old rate had spent would take as long as the old rate takes."""
+    with testing.engine(queues=[{"name": "default", "rate": "1/h", "bucket_size": 2}], start=START) as engine:
+        for number in range(10):
+            deferlib.defer(note, number)
+        engine.run_until_idle()
+        assert ran == [0, 1]
+
+        faster = QueueConfig(name="default", rate=10.0, bucket_size=2)
+        config.runtime().store.run(lambda tx: tx.put_queues([faster], QueueSource.FILE))
+        engine.advance(1)
+        engine.advance(1)
+
+    assert len(ran) == 10
 
 
 def test_call_may_move_the_clock_past_the_end_of_a_run() -> None:

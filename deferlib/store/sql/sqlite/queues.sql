@@ -65,6 +65,9 @@ on conflict (name) do update set value = excluded.value
 -- name: drop_note
 delete from notes where name = :name
 
+-- name: cap
+update queues set tat = min(tat, :tat) where name = :queue
+
 -- name: spend
 update queues set tat = max(tat, :now) + :spent where name = :queue
 
