@@ -20,7 +20,7 @@ from deferlib.queue_fields import (
     yes_or_no,
 )
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 128 * 1024  # of which nothing takes more than 45 MB to read
 
 
 class QueueFile(NamedTuple):

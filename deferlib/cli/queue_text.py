@@ -9,7 +9,7 @@ from deferlib.cli.show import iso, relative, seconds, when
 from deferlib.core.model import Micros, Mode, QueueRow, QueueStats
 
 _LENGTHS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
-TITLES = ("QUEUE", "MODE", "STATE", "TASKS", "OLDEST", "AT ONCE", "RATE", "RAN/MIN", "ERR/MIN", "DEAD")
+TITLES = ("QUEUE", "MODE", "STATE", "WAITING", "OLDEST", "AT ONCE", "RATE", "RAN", "ERR", "DEAD")
 
 
 def document(row: QueueRow, stats: QueueStats, now: Micros) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def line(row: QueueRow, stats: QueueStats, now: Micros) -> tuple[str, ...]:
         row.name,
         str(row.config.mode),
         state(row),
-        str(stats.tasks),
+        str(stats.tasks - stats.in_flight),
         "" if stats.oldest_due is None else relative(stats.oldest_due, now),
         "" if row.config.mode is Mode.PULL else f"{stats.in_flight}{limit}",
         _rate(row, stats),

@@ -24,9 +24,9 @@ _SLICE = 500  # tasks purged in one transaction: a few milliseconds
 
 _LIST = """\
 STATE says why nothing is dispatched. AT ONCE is what runs now, of how many may
-run; RATE is that of the last minute, of the one that is enforced. JSON: queues
-(each as in `queues show`), problem (what is wrong with queue.yaml, if it was
-changed and isn't applied).
+run; RATE is that of the last minute, of the one that is enforced; RAN and ERR
+are attempts in that minute. JSON: queues (each as in `queues show`), problem
+(what is wrong with queue.yaml, if it was changed and isn't applied).
 
 example:
   deferlib queues list

@@ -640,7 +640,7 @@ def test_tables_fit_the_terminal(
         longest = max(map(len, cli(*argv).out.splitlines()))
         assert longest <= columns or argv == ["config"]
     assert "…" in cli("tasks", "list").out
-    titles = "QUEUE  MODE  STATE  TASKS  OLDEST  AT ONCE  RATE  RAN/MIN  ERR/MIN  DEAD"
+    titles = "QUEUE  MODE  STATE  WAITING  OLDEST  AT ONCE  RATE  RAN  ERR  DEAD"
     assert max(map(len, cli("queues", "list").out.splitlines())) <= max(columns, len(titles) + 12)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -358,7 +360,7 @@ def test_large_file_is_refused_unread(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(4 * 1024**4)  # four terabytes of nothing
 
-    with pytest.raises(InvalidQueueError, match="is larger than 256 KiB"):
+    with pytest.raises(InvalidQueueError, match="is larger than 128 KiB"):
         queue_yaml.read(path)
 
 
@@ -466,3 +468,21 @@ def test_written_as_yaml_reads_as_given(path: Path, raw: dict[str, object]) -> N
 
 def test_minute_is_the_unit_m() -> None:
     assert one(deferlib={"deadline": "1m"}).deadline == MINUTE
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can only be reset on Linux")
+@pytest.mark.parametrize(
+    "text", ["queue: [" + "[]," * 50_000 + "]", "queue: [" + "a," * 70_000 + "]", "queue:\n" + "- {a: 1}\n" * 20_000]
+)
+def test_no_file_takes_more_than_50_megabytes(path: Path, text: str) -> None:
+    path.write_text(text[: queue_yaml.MAX_BYTES])
+    code = (
+        "import sys, yaml\nfrom pathlib import Path\nfrom deferlib import errors, queue_yaml\n"
+        "def peak(): return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+        "Path('/proc/self/clear_refs').write_text('5')\nbefore = peak()\n"
+        "try: queue_yaml.read(Path(sys.argv[1]))\nexcept errors.InvalidQueueError: print(peak() - before)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, check=True)
+
+    assert 1_000 < int(done.stdout) < 50_000  # kilobytes
