@@ -92,6 +92,7 @@ class Queue:
         if transactional:
             raise NotAvailableError("transactional=True isn't available in this version; add the task after the commit")
         runtime = config.runtime()
+        _ = runtime.store  # first: a mistake in queue.yaml shall not leave a new key behind
         rows = [task._row(self._name, runtime.ring) for task in tasks]
 
         def work() -> list[AddResult]:

@@ -586,3 +586,27 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_config_errors_are_errors_of_the_tree() -> None:
     assert issubclass(ConfigError, Error)
+
+
+def test_broken_queue_yaml_keeps_nobody_from_adding_to_a_store_that_is_there(
+    project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (project / "queue.yaml").write_text("queue:\n- name: mail\n")
+    config.runtime().apply_queues()
+    config.install(None)
+    (project / "queue.yaml").write_text("queue:\n- name: mail\n  rate: 5\n")
+
+    deferlib.defer(print, _queue="mail")
+
+    assert "queue.yaml:3:9: queue 'mail': rate 5: a number and a unit" in caplog.text
+    with config.runtime().store.read() as tx:
+        assert tx.stats(0, ["mail"])[0].tasks == 1
+
+
+def test_broken_queue_yaml_makes_no_store(project: Path) -> None:
+    (project / "queue.yaml").write_text("queue:\n- name: mail\n  rate: 5\n")
+
+    with pytest.raises(InvalidQueueError, match="3:9"):
+        deferlib.defer(print)
+    assert not (project / ".deferlib").exists()
+
