@@ -609,4 +609,3 @@ def test_broken_queue_yaml_makes_no_store(project: Path) -> None:
     with pytest.raises(InvalidQueueError, match="3:9"):
         deferlib.defer(print)
     assert not (project / ".deferlib").exists()
-
