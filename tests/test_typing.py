@@ -62,6 +62,10 @@ taskqueue.Task(colour="red")  # wrong: call-arg
 taskqueue.TaskRetryOptions(tries=3)  # wrong: call-arg
 call: taskqueue.UserRPC = taskqueue.Queue("mail").add_async(taskqueue.Task())
 name: str | None = task.name
+gone: bool = taskqueue.Queue("mail").delete_tasks_by_name("a").was_deleted
+tasks: list[taskqueue.Task] = taskqueue.Queue("mail").add([task])
+one: taskqueue.Task = taskqueue.Queue("mail").add(task)
+several: taskqueue.Task = taskqueue.Queue("mail").add([task])  # wrong: assignment
 """
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from deferlib import config, deadline
 from deferlib.core.model import AddResult, DeleteResult
@@ -65,6 +65,10 @@ class Queue:
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
+    @overload
+    def add(self, task: Task, transactional: bool = False) -> Task: ...
+    @overload
+    def add(self, task: Iterable[Task], transactional: bool = False) -> list[Task]: ...
     def add(self, task: Task | Iterable[Task], transactional: bool = False) -> Task | list[Task]:
         """Add one task or up to 100, in one transaction; return what was given, with `was_enqueued` set.
 
@@ -177,6 +181,10 @@ class Queue:
 
     # --- deleting ---------------------------------------------------------------------------------------------------
 
+    @overload
+    def delete_tasks(self, task: Task) -> Task: ...
+    @overload
+    def delete_tasks(self, task: Iterable[Task]) -> list[Task]: ...
     def delete_tasks(self, task: Task | Iterable[Task]) -> Task | list[Task]:
         """Delete tasks by their names; return what was given, with `was_deleted` set on those that were there.
 
@@ -191,9 +199,14 @@ class Queue:
         """Do what `delete_tasks` does in the background."""
         return (self._deleting(task) or _NOTHING).start("Delete", rpc)
 
+    @overload
+    def delete_tasks_by_name(self, task_name: str) -> Task: ...  # type: ignore[overload-overlap]  # a str is an iterable, too
+    @overload
+    def delete_tasks_by_name(self, task_name: Iterable[str]) -> list[Task]: ...
     def delete_tasks_by_name(self, task_name: str | Iterable[str]) -> Task | list[Task]:
         """Do what `delete_tasks` does, of the tasks of these names; return new `Task` objects for them."""
-        return self.delete_tasks(_named(task_name))
+        operation = self._deleting(_named(task_name))
+        return deadline.shielded(operation.run) if operation else []
 
     def delete_tasks_by_name_async(self, task_name: str | Iterable[str], rpc: UserRPC | None = None) -> UserRPC:
         """Do what `delete_tasks_by_name` does in the background."""
