@@ -65,7 +65,7 @@ def test_headers_that_only_an_engine_may_set_are_stripped(web: Web) -> None:
 
 
 def test_server_stopped_under_load_and_started_again_loses_nothing(web: Web) -> None:
-    defer_many(COUNT, 0.02)
+    defer_many(COUNT, 0.05)
 
     with web.engine(DEFERLIB_CONCURRENCY="8"):
         with web.serving() as process:
