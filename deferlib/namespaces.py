@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 from deferlib.errors import Error
 
-_namespace: ContextVar[str] = ContextVar("deferlib_namespace", default="")
+current_namespace: ContextVar[str] = ContextVar("deferlib_namespace", default="")
 default_namespace: ContextVar[str | None] = ContextVar("deferlib_default_namespace", default=None)
 _PATTERN = re.compile(r"[0-9A-Za-z._-]{0,100}\Z")
 
@@ -22,12 +22,12 @@ def set_namespace(namespace: str | None) -> None:
     """Set the current namespace; None means ''."""
     value = "" if namespace is None else namespace
     validate_namespace(value)
-    _namespace.set(value)
+    current_namespace.set(value)
 
 
 def get_namespace() -> str:
     """Return the current namespace, '' if none was set."""
-    return _namespace.get()
+    return current_namespace.get()
 
 
 def google_apps_namespace() -> str | None:
@@ -39,11 +39,11 @@ def google_apps_namespace() -> str | None:
 def namespace(value: str | None) -> Iterator[None]:
     """Make *value* the current namespace inside a `with` block."""
     validate_namespace("" if value is None else value)
-    token = _namespace.set(value or "")
+    token = current_namespace.set(value or "")
     try:
         yield
     finally:
-        _namespace.reset(token)
+        current_namespace.reset(token)
 
 
 def validate_namespace(value: str, exception: type[Exception] = BadValueError) -> None:
