@@ -67,6 +67,7 @@ class Runtime:
         self.deadline_margin: float | None = settings["deadline_margin"]
         self.targets: Targets = settings["targets"]
         self.clock = clock
+        self.statistics: dict[tuple[str, ...], Any] = {}  # what was last read of which queues; `taskqueue.statistics`' own
         self.given_queues = given_queues
         self.given_store = given_store
         self.look_at = 0.0  # when an adder asks again whether an engine serves the store, by the monotonic clock
@@ -173,6 +174,7 @@ class Runtime:
         if "store" in names:
             self.close()
             self.given_store = self._store = self._ring = None
+            self.statistics.clear()
 
     def close(self) -> None:
         """Close the connections of the store that this runtime opened; it opens them again if it is used again.

@@ -130,6 +130,8 @@ class Store(Protocol):
     A thread has one transaction of a store at a time; a second one within it is refused.
     """
 
+    commits: int  # how many transactions of this process have ended in a commit: unchanged, nothing of its own has changed
+
     def migrate(self) -> None:
         """Bring the schema to this version; refuse a newer one."""
 

@@ -60,6 +60,7 @@ class SqliteStore:
         self._hints = None if self._memory else Hints(self.path)
         self._presence = None if self._memory else Presence(self.path)
         self._engines = 0  # that serve a store in memory
+        self.commits = 0
         _stores.add(self)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
@@ -187,6 +188,7 @@ class SqliteStore:
             raise errors.StoreError(_TORN.format(self.path))
         if tx.failure is not None:
             raise errors.StoreError(f"{self.path}: rolled back, because of: {tx.failure}") from tx.failure
+        self.commits += 1  # before it is known to have succeeded: too many do no harm
         try:
             connection.execute("commit")
         except apsw.Error as error:

@@ -109,8 +109,10 @@ class UserRPC:
         copy: Future[Any] = Future()
 
         def pass_on(done: Future[Any]) -> None:
+            if done.cancelled():  # at its deadline
+                copy.cancel()
             if copy.set_running_or_notify_cancel():
-                error = done.exception() if not done.cancelled() else self._expired
+                error = done.exception()
                 copy.set_exception(error) if error is not None else copy.set_result(done.result())
 
         self._started().add_done_callback(pass_on)
@@ -192,7 +194,8 @@ class UserRPC:
     def _done(self) -> bool:
         """Tell whether waiting ends at once."""
         over = self._until is not None and time.monotonic() >= self._until
-        return self._started().done() or self._expired is not None or over
+        lost = self._process != os.getpid()  # with the parent's threads: waiting says so
+        return self._started().done() or self._expired is not None or over or lost
 
     def _started(self) -> Future[Any]:
         if self._future is None:

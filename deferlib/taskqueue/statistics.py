@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deferlib import config
-from deferlib.core.model import QueueRow, QueueStats
+from deferlib.core.model import SECOND, Micros, QueueRow, QueueStats
 from deferlib.errors import InvalidQueueError
 from deferlib.store import Tx
 from deferlib.taskqueue.rpc import UserRPC, check_deadline, check_rpc, create_rpc
@@ -19,6 +19,8 @@ _FIELDS = ("queue", "tasks", "oldest_eta_usec", "executed_last_minute", "in_flig
 
 class QueueStatistics:
     """The numbers of one queue at one moment.
+
+    Exact when they are read, and kept for up to a second unless this process changes anything of the store.
 
     *tasks* wait or run, scheduled ones included; *oldest_eta_usec* is the earliest ETA in microseconds since 1970, None
     without tasks; *in_flight* run now; *enforced_rate* is in dispatches per second, None without a rate.
@@ -64,8 +66,7 @@ class QueueStatistics:
         runtime = config.runtime()
 
         def work() -> list[tuple[QueueStats, QueueRow]]:
-            with runtime.store.read() as tx:
-                return _read(tx, runtime.clock.now(), names)
+            return _fetch(runtime, names)
 
         def result(done: UserRPC) -> QueueStatistics | list[QueueStatistics]:
             done.check_success()
@@ -109,6 +110,23 @@ def _queues(given: object) -> tuple[list[Queue], bool]:
     if all(isinstance(each, Queue) for each in several):
         return several, True
     raise TypeError("give queues or names of queues, not both, and nothing else")
+
+
+class _Fetched(NamedTuple):
+    at: Micros
+    commits: int
+    found: list[tuple[QueueStats, QueueRow]]
+
+
+def _fetch(runtime: config.Runtime, names: Sequence[str]) -> list[tuple[QueueStats, QueueRow]]:
+    """Return the numbers of the queues; read anew once they are a second old, or this process has changed anything."""
+    key, store, now = tuple(names), runtime.store, runtime.clock.now()
+    commits = store.commits  # before the read: what is committed meanwhile isn't known to be in it
+    known: _Fetched | None = runtime.statistics.get(key)
+    if known is None or known.commits != commits or not 0 <= now - known.at < SECOND:
+        with store.read() as tx:
+            known = runtime.statistics[key] = _Fetched(now, commits, _read(tx, now, names))
+    return known.found
 
 
 def _read(tx: Tx, now: int, names: Sequence[str]) -> list[tuple[QueueStats, QueueRow]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import deferlib
-from deferlib import config
+from deferlib import config, testing
 from deferlib.core.model import Micros
+from deferlib.store.sqlite import SqliteStore
 from deferlib.taskqueue import (
     BadTaskStateError,
     DuplicateTaskNameError,
@@ -355,6 +357,30 @@ def test_statistics_of_a_paused_queue_are_enforced_to_nothing() -> None:
     config.runtime().store.run(lambda tx: tx.pause(["mail"], True))
 
     assert Queue("mail").fetch_statistics().enforced_rate == 0
+
+
+def test_statistics_are_kept_for_a_second_unless_this_process_changes_something(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.db"
+    clock = testing.VirtualClock()
+    deferlib.configure(store=f"sqlite:///{path}", clock=clock, queues=[{"name": "mail"}])
+    queue = Queue("mail")
+
+    def tasks() -> int:
+        return queue.fetch_statistics().tasks
+
+    assert tasks() == 0
+    other = SqliteStore(str(path))  # as another process has it
+    other.run(lambda tx: tx.add(clock.now(), [Task()._row("mail", config.runtime().ring)]))
+    clock.advance(0.9)
+    assert (tasks(), QueueStatistics.fetch(["mail", "default"])[0].tasks) == (0, 1)
+    clock.advance(0.2)
+    assert tasks() == 1
+    queue.add(Task())
+    assert tasks() == 2, "its own changes are seen at once"
+    queue.purge()
+    assert tasks() == 0
+    other.close()
+    config.runtime().close()
 
 
 @pytest.mark.parametrize("wrong", [5, ["mail", Queue("mail")], [5]])

@@ -367,7 +367,7 @@ def test_request_of_the_parent_is_told_so_in_the_child(path: Path) -> None:
         "call = deferlib.taskqueue.create_rpc()\ncall.make_call('Own', None, gate.wait)\n"
         "child = os.fork()\n"
         "if child:\n gate.set()\n call.get_result()\n os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "try:\n call.get_result()\nexcept deferlib.taskqueue.Error as error:\n os._exit('forked' not in str(error))\n"
+        "try:\n call.wait_any([call])\nexcept deferlib.taskqueue.Error as error:\n os._exit('forked' not in str(error))\n"
         "os._exit(9)\n"
     )
 
@@ -394,3 +394,20 @@ def test_whoever_stops_waiting_cancels_no_request(path: Path) -> None:
 
     assert call.get_result() is task
     assert tasks_in("q1") == 1
+
+
+def test_future_of_a_request_that_is_never_begun_is_cancelled() -> None:
+    gate, begun = threading.Event(), threading.Semaphore(0)
+    blockers = [create_rpc() for _ in range(8)]
+    for blocker in blockers:
+        blocker.make_call("Block", None, lambda: (begun.release(), gate.wait()))
+    for _ in blockers:
+        begun.acquire()
+    call = Queue("q1").add_async(Task(), rpc=create_rpc(deadline=0.02))
+    future = call.future
+    with pytest.raises(RPCDeadlineExceededError):
+        call.get_result()
+    gate.set()
+    UserRPC.wait_all(blockers)
+
+    assert future.cancelled()
