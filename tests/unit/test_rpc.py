@@ -62,6 +62,22 @@ def busy(path: Path) -> Iterator[None]:
             other.submit(connection.close).result()
 
 
+@contextmanager
+def nothing_begins() -> Iterator[None]:
+    """Keep every thread that makes requests at work."""
+    gate, begun = threading.Event(), threading.Semaphore(0)
+    blockers = [create_rpc() for _ in range(8)]
+    for blocker in blockers:
+        blocker.make_call("Block", None, lambda: (begun.release(), gate.wait()))
+    for _ in blockers:
+        begun.acquire()
+    try:
+        yield
+    finally:
+        gate.set()
+        UserRPC.wait_all(blockers)
+
+
 def tasks_in(name: str) -> int:
     return Queue(name).fetch_statistics().tasks
 
@@ -133,7 +149,7 @@ def test_every_request_has_its_twin() -> None:
 
 
 def test_request_keeps_to_the_store_it_was_made_for(path: Path) -> None:
-    with busy(path):
+    with nothing_begins():
         call = Queue("q1").add_async(Task())
         deferlib.configure(store="sqlite:///:memory:", queues=[{"name": "q1"}])
 
@@ -166,22 +182,10 @@ def test_request_that_outlasts_its_deadline_fails_and_stays_failed(path: Path) -
 
 
 def test_request_that_was_never_begun_is_not_done_later() -> None:
-    gate, begun = threading.Event(), threading.Semaphore(0)
-
-    def wait() -> None:
-        begun.release()
-        gate.wait()
-
-    blockers = [create_rpc() for _ in range(8)]
-    for blocker in blockers:
-        blocker.make_call("Block", None, wait)
-    for _ in blockers:
-        begun.acquire()
-    call = Queue("q1").add_async(Task(), rpc=create_rpc(deadline=0.02))
-    with pytest.raises(RPCDeadlineExceededError, match="never begun"):
-        call.check_success()
-    gate.set()
-    UserRPC.wait_all(blockers)
+    with nothing_begins():
+        call = Queue("q1").add_async(Task(), rpc=create_rpc(deadline=0.02))
+        with pytest.raises(RPCDeadlineExceededError, match="never begun"):
+            call.check_success()
 
     assert tasks_in("q1") == 0
     assert call.response is None
@@ -397,17 +401,10 @@ def test_whoever_stops_waiting_cancels_no_request(path: Path) -> None:
 
 
 def test_future_of_a_request_that_is_never_begun_is_cancelled() -> None:
-    gate, begun = threading.Event(), threading.Semaphore(0)
-    blockers = [create_rpc() for _ in range(8)]
-    for blocker in blockers:
-        blocker.make_call("Block", None, lambda: (begun.release(), gate.wait()))
-    for _ in blockers:
-        begun.acquire()
-    call = Queue("q1").add_async(Task(), rpc=create_rpc(deadline=0.02))
-    future = call.future
-    with pytest.raises(RPCDeadlineExceededError):
-        call.get_result()
-    gate.set()
-    UserRPC.wait_all(blockers)
+    with nothing_begins():
+        call = Queue("q1").add_async(Task(), rpc=create_rpc(deadline=0.02))
+        future = call.future
+        with pytest.raises(RPCDeadlineExceededError):
+            call.get_result()
 
     assert future.cancelled()
