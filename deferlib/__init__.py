@@ -16,6 +16,7 @@ from deferlib.errors import (
     PermanentTaskFailure,
     SingularTaskFailure,
 )
+from deferlib.moved import formerly
 from deferlib.server.wsgi import wrap_wsgi_app
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "current_task",
     "defer",
     "deferred",
+    "formerly",
     "handler",
     "namespaces",
     "running",
@@ -47,7 +49,6 @@ _LATER = {
     "joined": "call defer() after the commit",
     "pull": "use a push queue",
     "task_only": "check current_task() in the view",
-    "formerly": "keep a function of the old name at the old place",
 }
 
 

@@ -14,6 +14,7 @@ from deferlib import config, context, deadline, namespaces, payload, token
 from deferlib.context import Dispatch, TaskContext
 from deferlib.errors import (
     BodyTooLongError,
+    CallMismatchError,
     DeadlineExceededError,
     PayloadError,
     PayloadKeyUnknownError,
@@ -45,11 +46,34 @@ class Loaded(NamedTuple):
         """Start the call: its value, or an awaitable of it."""
         try:
             return self.fn(*self.args, **self.kwargs)
+        except TypeError as error:
+            self._check_fit(error)
+            raise
         except BaseException as error:
             asyncio = sys.modules.get("asyncio")  # if it isn't loaded, nothing of it was raised
             if asyncio is not None and isinstance(error, asyncio.CancelledError):
                 raise RuntimeError("the call was cancelled from inside") from error  # our own caller wasn't
             raise
+
+    def _check_fit(self, error: TypeError) -> None:
+        """Raise `CallMismatchError` if *error* says that the callable doesn't take its arguments: nothing of it has run."""
+        traceback = error.__traceback__
+        frames = 0
+        while traceback is not None:
+            frames, traceback = frames + 1, traceback.tb_next
+        if frames > 1:  # it was raised inside
+            return
+        import inspect  # 6 ms: only where it is needed
+
+        try:
+            signature = inspect.signature(self.fn)
+        except (TypeError, ValueError):
+            return  # a builtin that doesn't tell
+        try:
+            signature.bind(*self.args, **self.kwargs)
+        except TypeError:
+            name = payload.describe_callable(self.fn)
+            raise CallMismatchError(f"{name} doesn't take the arguments that were deferred: {error}") from error
 
 
 class Answer(NamedTuple):
@@ -176,7 +200,8 @@ class Attempt:
         if isinstance(error, SystemExit) and error.code == 1 and "gunicorn" in sys.modules:  # how it ends a worker
             text += " (the call took longer than gunicorn's --timeout, by default 30 s, or called sys.exit)"
         match error:
-            case PayloadError() if self._loading:  # of a call that raises one by itself, it is an error like any other
+            # Of a call that raises one by itself, it is an error like any other.
+            case PayloadError() if self._loading or isinstance(error, CallMismatchError):
                 log.error("%s can't be run (queue %s, task %s, attempt %d): %s", *who, text)
                 return Answer(HTTPStatus.INTERNAL_SERVER_ERROR, _payload_outcome(error), text)
             case PermanentTaskFailure() if not isinstance(error, PayloadError):

@@ -193,6 +193,10 @@ class PayloadUndecodableError(PayloadError):
     """The payload is genuine, but its call can't be unpickled here."""
 
 
+class CallMismatchError(PayloadUndecodableError):
+    """The callable doesn't take the arguments that were deferred: its signature has changed since."""
+
+
 class TokenError(Error):
     """The request carries no valid dispatch token."""
 

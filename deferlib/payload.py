@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import io
 import pickle
 import re
 import struct
@@ -19,6 +20,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deferlib.core.model import repr_without
 from deferlib.errors import (
     PayloadKeyUnknownError,
     PayloadNewerError,
@@ -27,6 +29,7 @@ from deferlib.errors import (
     UnpicklableCallError,
 )
 from deferlib.keys import Key, Keyring
+from deferlib.moved import anything_moved, find
 
 MAGIC = b"dfr"
 VERSION = 1
@@ -55,6 +58,9 @@ class Call(NamedTuple):
     label: str  # what it calls, for people
     flags: int
 
+    def __repr__(self) -> str:
+        return repr_without(self, "body")
+
 
 class Binding(NamedTuple):
     """The task that a signature binds a payload to."""
@@ -81,6 +87,9 @@ class Envelope(NamedTuple):
     signature: bytes
     signed: bytes  # all that stands before the signature
     body: bytes
+
+    def __repr__(self) -> str:
+        return repr_without(self, "signature", "signed", "body")
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -261,18 +270,45 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
             "define it in an importable module"
         )
     body = envelope.body
+    loads = _loads_moved if anything_moved() else pickle.loads
     try:
         (length,) = _LENGTH.unpack_from(body)
-        fn = pickle.loads(body[4 : 4 + length])
-        args, kwargs = pickle.loads(body[4 + length :])
+        fn = loads(body[4 : 4 + length])
+        args, kwargs = loads(body[4 + length :])
     except MemoryError:
         raise  # the machine's trouble, not the payload's
     except (Exception, SystemExit) as error:  # imports run user code, which may raise anything
-        hint = "; if it was renamed or moved, leave its name at the old place until the calls of it have run"
+        hint = "; if it was renamed or moved, say so with @deferlib.formerly(…) at its new place"
         raise PayloadUndecodableError(
             f"{envelope.label} can't be loaded: {describe_error(error)}{hint if isinstance(error, _GONE) else ''}"
         ) from error
     return fn, args, kwargs
+
+
+def find_global(module: str, name: str) -> Any:
+    """Return what a pickle means by *name* in *module*: what moved from there (`deferlib.formerly`), else what is there.
+
+    Imports the module, which runs its code, and raises what that raises.
+    """
+    found = find(module, name)
+    if found is None:
+        __import__(module)
+        found = sys.modules[module]
+        for part in name.split("."):
+            found = getattr(found, part)
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds what has moved."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = find(module, name)
+        return super().find_class(module, name) if found is None else found
+
+
+def _loads_moved(data: bytes) -> Any:
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 def arguments_of(envelope: Envelope) -> bytes:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 LAYERS = [
     {"core"},
     {"clock", "limits", "targets"},
-    {"context", "keys", "namespaces", "ids", "queue_fields", "queue_yaml"},
+    {"context", "keys", "moved", "namespaces", "ids", "queue_fields", "queue_yaml"},
     {"payload", "token", "store"},
     {"settings", "queue_rows"},
     {"config", "call_text"},
