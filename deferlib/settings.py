@@ -142,6 +142,7 @@ SETTINGS: Mapping[str, _Kind] = {
     "lease": _Kind(_seconds(0.001), 30.0, "seconds from 0.001 to 86400"),
     "deadline_margin": _Kind(_margin, 1.0, "seconds from 0 to 86400, or off"),
     "limits": _Kind(limits.parse, limits.DEFAULT, "appengine or deferlib, then NAME=NUMBER, separated by commas"),
+    "quarantine_after": _Kind(_seconds(0), 600.0, "seconds from 0 to 86400"),
     "grace": _Kind(_seconds(0), 25.0, "seconds from 0 to 86400"),
     "port": _Kind(_whole(1, 65_535), None, "a port from 1 to 65535"),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from deferlib import queue_fields, queue_rows
-from deferlib.cli.show import iso, relative, seconds, when
+from deferlib.cli.show import iso, relative, rough, seconds, when
 from deferlib.core.model import Micros, Mode, QueueRow, QueueStats
+from deferlib.engine.troubles import Trouble
 
 _LENGTHS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 TITLES = ("QUEUE", "MODE", "STATE", "WAITING", "OLDEST", "AT ONCE", "RATE", "RAN", "ERR", "DEAD")
@@ -82,6 +84,22 @@ def fields(row: QueueRow, stats: QueueStats, now: Micros) -> list[tuple[str, str
         ("next due", when(stats.oldest_due, now)),
         ("last minute", f"{stats.executed_last_minute} ran, {stats.failed_last_minute} failed"),
         ("dispatched by", f"{row.owner} until {when(row.owned_until, now)}" if row.owner else ""),
+    ]
+
+
+def slowed_target(trouble: Trouble, now: Micros) -> str:
+    """Return what is told of a target that an engine has slowed."""
+    since, again = rough(max(now - trouble.since, 0)), rough(max(trouble.again - now, 0))
+    return (
+        f"target {trouble.base} has refused the engine's requests for {since}, is tried again in {again}, and its tasks wait: "
+        f"{trouble.reason or 'no reason given'}; give the app and the engine the same keys"
+    )
+
+
+def targets(slowed: Iterable[Trouble]) -> list[dict[str, Any]]:
+    """Return the slowed targets, for programs."""
+    return [
+        {"url": each.base, "since": iso(each.since), "next_try": iso(each.again), "reason": each.reason} for each in slowed
     ]
 
 

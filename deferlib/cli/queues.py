@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from deferlib import config, queue_rows
 from deferlib.cli import queue_text
 from deferlib.cli.show import print_fields, print_json, print_table, safe
-from deferlib.core.model import QueueRow
+from deferlib.core.model import Micros, QueueRow
+from deferlib.engine.troubles import Trouble, troubles
 from deferlib.errors import ConfigError, InvalidQueueError
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ _LIST = """\
 STATE says why nothing is dispatched. AT ONCE is what runs now, of how many may
 run; RATE is that of the last minute, of the one that is enforced; RAN and ERR
 are attempts in that minute. JSON: queues (each as in `queues show`), problem
-(what is wrong with queue.yaml, if it was changed and isn't applied).
+(what is wrong with queue.yaml, if it was changed and isn't applied),
+slowed_targets (those that refuse an engine's requests: url, since, next_try,
+reason).
 
 example:
   deferlib queues list
@@ -117,17 +120,25 @@ def list_queues(arguments: argparse.Namespace) -> int:
             now = it.now()
             rows = tx.queues()
             stats = {each.queue: each for each in tx.stats(now, [row.name for row in rows])}
-            noted = tx.notes().get(queue_rows.FILE_ERROR)
+            notes = tx.notes()
             it.warn_if_unserved(it.view(tx), tx)
-    problem = noted or problem
+    problem = notes.get(queue_rows.FILE_ERROR) or problem
+    slowed = list(troubles(notes, now))
+    _warn(slowed, now)
     if problem:
         print(f"deferlib: warning: queue.yaml isn't applied: {safe(problem)}", file=sys.stderr)
     if arguments.json:
         queues = [queue_text.document(row, stats[row.name], now) for row in rows]
-        print_json({"queues": queues, "problem": problem})
+        print_json({"queues": queues, "problem": problem, "slowed_targets": queue_text.targets(slowed)})
     else:
         print_table(queue_text.TITLES, [queue_text.line(row, stats[row.name], now) for row in rows])
     return 0
+
+
+def _warn(slowed: Sequence[Trouble], now: Micros) -> None:
+    """Tell, on stderr, which targets the engines have slowed."""
+    for each in slowed:
+        print(f"deferlib: warning: {safe(queue_text.slowed_target(each, now))}", file=sys.stderr)
 
 
 def show_queue(arguments: argparse.Namespace) -> int:
@@ -140,6 +151,8 @@ def show_queue(arguments: argparse.Namespace) -> int:
         if row is None:
             return _unknown(arguments.name, rows)
         stats = tx.stats(now, [row.name])[0]
+        slowed = list(troubles(tx.notes(), now))
+    _warn(slowed, now)
     if arguments.json:
         print_json(queue_text.document(row, stats, now))
     else:

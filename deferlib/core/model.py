@@ -19,6 +19,15 @@ HOUR: Micros = 60 * MINUTE
 DAY: Micros = 24 * HOUR
 
 
+def repr_without(value: Any, *hidden: str) -> str:
+    """Return the repr of a named tuple with the length of the *hidden* fields only: payloads stay out of logs."""
+    fields = [
+        f"{name}=<{len(field)} hidden>" if name in hidden else f"{name}={field!r}"
+        for name, field in value._asdict().items()
+    ]
+    return f"{type(value).__name__}({', '.join(fields)})"
+
+
 class Mode(StrEnum):
     """How a queue's tasks reach their worker: pushed by the engine, or leased by the worker."""
 
@@ -47,6 +56,9 @@ class NewTask(NamedTuple):
     fail_fast: int
     key_id: bytes  # the key that signed the body; b'' for a hand-made body
     body: bytes
+
+    def __repr__(self) -> str:
+        return repr_without(self, "headers", "body")
 
 
 class AddResult(StrEnum):
@@ -109,6 +121,9 @@ class Claim(NamedTuple):
     created: Micros
     history: str  # the last three attempts, as JSON
     body: bytes
+
+    def __repr__(self) -> str:
+        return repr_without(self, "headers", "body")
 
     @property
     def public_name(self) -> str:
@@ -267,6 +282,9 @@ class TaskRow(NamedTuple):
     key_id: bytes
     body: bytes
 
+    def __repr__(self) -> str:
+        return repr_without(self, "headers", "body")
+
     @property
     def public_name(self) -> str:
         return self.name or str(self.id)
@@ -295,6 +313,13 @@ class Page(NamedTuple):
     limit: int = 100
     after: tuple[Micros, int] = (-(2**62), -1)
     state: TaskState = TaskState.LIVE
+
+
+class Signed(NamedTuple):
+    """How many tasks of a slice were signed, by the id of the key; those that nobody signed aren't counted."""
+
+    counts: dict[bytes, int]
+    last: int | None  # the id that the next slice starts after; None: there is none
 
 
 class QueueStats(NamedTuple):

@@ -20,6 +20,7 @@ from deferlib.core.model import (
     Claim,
     ClaimSpec,
     Delivery,
+    Kind,
     Limiter,
     Micros,
     Outcome,
@@ -28,7 +29,8 @@ from deferlib.core.model import (
     Result,
 )
 from deferlib.core.queue_state import QueueState
-from deferlib.core.verdict import failed_fast, given_up, release, verdict
+from deferlib.core.slowed import Slowed, SlowedTargets
+from deferlib.core.verdict import UNTRUSTED, failed_fast, given_up, release, verdict
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
@@ -49,10 +51,11 @@ class Rules(NamedTuple):
 
 
 class _Flight:
-    __slots__ = ("claim", "renew_at", "until")
+    __slots__ = ("base", "claim", "renew_at", "until")
 
-    def __init__(self, claim: Claim, renew_at: Micros) -> None:
+    def __init__(self, claim: Claim, base: str, renew_at: Micros) -> None:
         self.claim = claim
+        self.base = base
         self.until = claim.until
         self.renew_at = renew_at
 
@@ -65,6 +68,7 @@ class Scheduler:
         self._rng = rng
         self._queues: dict[str, QueueState] = {}
         self._flights: dict[int, _Flight] = {}  # in order of renewal: every lease is equally long
+        self._slowed = SlowedTargets()
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
         self._draining = False
@@ -111,7 +115,7 @@ class Scheduler:
         start = self._turn % len(ready)
         ready = ready[start:] + ready[:start]
         bases = [self._base(queue) for queue in ready]
-        left = {base: room(base) for base in set(bases)}
+        left = {base: self._slowed.room(base, now, room(base)) for base in set(bases)}
         share = {base: -(-free // bases.count(base)) for base, free in left.items()}
         specs = []
         for queue, base in zip(ready, bases, strict=True):
@@ -131,7 +135,10 @@ class Scheduler:
         return [
             name
             for name, queue in self._queues.items()
-            if queue.fast_at <= now and queue.look_at <= now and not self._has_slot(queue, room) and not queue.closed(now)
+            if queue.fast_at <= now
+            and queue.look_at <= now
+            and not self._has_slot(queue, now, room)
+            and not queue.closed(now)
         ]
 
     def fast_specs(self, now: Micros, full: Iterable[str]) -> list[ClaimSpec]:
@@ -246,7 +253,8 @@ class Scheduler:
             closed = queue.closed(now)
             if closed is not None:
                 look_at = NEVER if closed.until is None else max(look_at, closed.until)
-            if look_at < at and not self._has_slot(queue, room):  # then only what doesn't wait for one counts
+            look_at = max(look_at, self._slowed.until(self._base(queue))) if self._slowed else look_at
+            if look_at < at and not self._has_slot(queue, look_at, room):  # then only what doesn't wait for one counts
                 look_at = max(look_at, queue.fast_at)
             at = min(at, look_at)
         return at
@@ -354,9 +362,17 @@ class Scheduler:
         if flight is None or flight.claim.claims != result.claims:
             return None
         self._land(flight)
+        if result.outcome == UNTRUSTED:
+            self._slowed.refused(flight.base, now, result.error, self._in_flight_to)
+        elif self._slowed and result.kind is Kind.ANSWERED:
+            self._slowed.accepted(flight.base)
         config = self._config(flight.claim.queue)
         after = self._rules.quarantine_after
         return verdict(now, flight.claim, result, config, quarantine_after=after, rng=self._rng)
+
+    def news(self) -> list[Slowed]:
+        """Return and forget which targets were slowed, tried again in vain, or are as before."""
+        return self._slowed.news()
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
@@ -402,17 +418,24 @@ class Scheduler:
         elif self._resolve(config.target or claim.target) is None:
             target = config.target or claim.target
             return release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
+        elif self._slowed:
+            base = self._resolve(config.target or claim.target) or ""
+            if not self._slowed.room(base, now, 1):  # its queue has another target, which is well
+                at = max(self._slowed.until(base), now + SECOND)
+                return release(claim, at, f"target {base} refuses this engine's requests")
         return None
 
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
         config = self._config(claim.queue)
         if self._suspect(claim):
             self._isolated = claim.id
-        self._flights[claim.id] = _Flight(claim, now + self._rules.lease // 3)
         queue = self._queues.get(claim.queue)
         if queue is not None:
             queue.in_flight += 1
         base = self._resolve(config.target or claim.target) or self._rules.base
+        self._flights[claim.id] = _Flight(claim, base, now + self._rules.lease // 3)
+        if self._slowed:
+            self._slowed.sent(base)
         return Delivery(claim, base, claim.deadline or config.deadline)
 
     def _land(self, flight: _Flight) -> None:
@@ -422,6 +445,11 @@ class Scheduler:
         queue = self._queues.get(flight.claim.queue)
         if queue is not None:
             queue.in_flight -= 1
+        if self._slowed:
+            self._slowed.landed(flight.base)
+
+    def _in_flight_to(self, base: str) -> int:
+        return sum(flight.base == base for flight in self._flights.values())
 
     def _resolve(self, target: str) -> str | None:
         """Return the base URL of *target*; None if there is no such target."""
@@ -432,8 +460,9 @@ class Scheduler:
     def _base(self, queue: QueueState) -> str:
         return self._resolve(queue.config.target) or self._rules.base
 
-    def _has_slot(self, queue: QueueState, room: Callable[[str], int]) -> bool:
-        return not queue.crowded and room(self._base(queue)) > 0
+    def _has_slot(self, queue: QueueState, at: Micros, room: Callable[[str], int]) -> bool:
+        base = self._base(queue)
+        return not queue.crowded and self._slowed.room(base, at, room(base)) > 0
 
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)

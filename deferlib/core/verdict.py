@@ -15,8 +15,10 @@ NO_SLOT = "no free slot, and the task asks to fail fast (X-AppEngine-FailFast)"
 _REASON_LENGTH = 500
 _DEFERRED_URL = "/_ah/queue/deferred"
 
+UNTRUSTED = "untrusted"  # our dispatch token is refused: the target's keys are wrong, not the task
 # Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
-_QUARANTINED_LATER = frozenset({"undecodable", "key-unknown", "newer"})
+_UNRUNNABLE = frozenset({"undecodable", "key-unknown", "newer"})
+_LONGEST_WAIT: Micros = 30 * SECOND  # between attempts of what a deploy will mend
 
 
 def verdict(
@@ -65,10 +67,15 @@ def _answered(
     said = result.outcome
     if said == "permanent":
         return _dead(now, claim, result, config, "permanent", executed=1)
-    if said == "unverified" or (said in _QUARANTINED_LATER and now - claim.first_try >= quarantine_after):
+    if said == "unverified":
         return _dead(now, claim, result, config, f"quarantine: {said}")
-    if said in _QUARANTINED_LATER or said == "untrusted":  # untrusted: our token is refused, the target's keys are wrong
-        return _again(now, claim, result, config, rng)
+    if said in _UNRUNNABLE:
+        since = _unrunnable_since(claim) or result.started
+        if now - since >= quarantine_after:
+            return _dead(now, claim, result, config, f"quarantine: {said}")
+        return _soon(now, claim, result, config, rng, since)
+    if said == UNTRUSTED:
+        return _soon(now, claim, result, config, rng)
     if 200 <= result.status <= 299 and said != "retry":
         return Outcome(*_end(now, claim, config, Action.DONE), 0, 1, result.status)
     return _failed(now, claim, result, config, rng)
@@ -89,6 +96,22 @@ def _again(
     story = _story(claim, result)
     fence = (claim.id, claim.claims, claim.queue)
     return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, _reason(claim, result), story)
+
+
+def _soon(now: Micros, claim: Claim, result: Result, config: QueueConfig, rng: Random, since: Micros = 0) -> Outcome:
+    """Return the outcome of what could not even be started: not charged, and tried again soon, whatever its backoff says.
+
+    *since* is when it could not be started first, as far as that counts.
+    """
+    again = _again(now, claim, result, config, rng)
+    return again._replace(at=min(again.at, now + _LONGEST_WAIT), history=_story(claim, result, since))
+
+
+def _unrunnable_since(claim: Claim) -> Micros:
+    """Return since when all attempts have found the call unrunnable; 0 if the last one didn't, or was in a former life."""
+    attempts = json.loads(claim.history) if claim.history else []
+    since = int(attempts[-1].get("unrunnable_since", 0)) if attempts else 0
+    return since if since >= claim.first_try else 0
 
 
 def _dead(
@@ -119,7 +142,7 @@ def _reason(claim: Claim, result: Result) -> str:
     return f"HTTP {result.status}"
 
 
-def _story(claim: Claim, result: Result) -> str:
+def _story(claim: Claim, result: Result, unrunnable_since: Micros = 0) -> str:
     """Return the task's last attempts as JSON, this one added: what people will ask for when it fails."""
     attempts = json.loads(claim.history) if claim.history else []
     attempts.append(
@@ -130,5 +153,6 @@ def _story(claim: Claim, result: Result) -> str:
             "status": result.status,
             "error": _reason(claim, result),
         }
+        | ({"unrunnable_since": unrunnable_since} if unrunnable_since else {})
     )
     return json.dumps(attempts[-HISTORY:], separators=(",", ":"), ensure_ascii=False)

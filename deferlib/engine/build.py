@@ -47,6 +47,7 @@ def build(
         in_process=app is not None,
         base="" if app is not None else runtime.settings["app"],
         target=(Targets() if app is not None else runtime.targets).get,
+        quarantine_after=round(runtime.settings["quarantine_after"] * SECOND),
     )
     scheduler = Scheduler(rules, random.Random())
     transport = _transport(runtime, app)

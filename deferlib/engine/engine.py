@@ -26,6 +26,8 @@ from deferlib.core.model import (
     Result,
 )
 from deferlib.core.scheduler import Scheduler
+from deferlib.core.slowed import Slowed
+from deferlib.engine import troubles
 from deferlib.engine.observer import Observer
 from deferlib.engine.transport import ERROR_LENGTH, Transport
 from deferlib.errors import StoreError
@@ -79,6 +81,7 @@ class Engine:
         self._unsettled: list[Outcome] = []
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
+        self._untold: list[Slowed] = []  # changes of targets that are in no note yet
         self._hinted = True
         self._reread_at: Micros = 0
         self._sweep_at: Micros = clock.now() + _SWEEP
@@ -179,6 +182,8 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
+        if self._untold:
+            self._tell(now)
         outcomes = self._unsettled + self._scheduler.renewals(now)
         specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
         if outcomes or specs:  # an idle turn opens no transaction
@@ -209,6 +214,7 @@ class Engine:
         while self._answers:
             self._step("answer")
             self._finish(now, self._answers.popleft())
+        self._untold += self._scheduler.news()
 
     def _finish(self, now: Micros, result: Result) -> None:
         claim = self._scheduler.claim_of(result)
@@ -308,6 +314,15 @@ class Engine:
                 swept = tx.sweep(now, _SWEEP_SLICE)
             if swept:
                 self._sweep_at = now + SECOND // 10
+
+    def _tell(self, now: Micros) -> None:
+        """Tell which targets are slowed and which are no more; if the store fails, it isn't told there."""
+        untold, self._untold = self._untold, []
+        for slowed in untold:
+            troubles.tell(now, slowed)
+        with self._store.begin(durable=False) as tx:
+            for slowed in untold:
+                troubles.note(tx, now, slowed)
 
     def _rows(self, now: Micros) -> list[QueueRow]:
         """Read the queues; a limiter that is ahead of any that the queue's rate could have made is set right."""

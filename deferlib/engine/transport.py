@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from deferlib.core.model import Delivery, Micros, Result
+from deferlib.core.model import Delivery, Micros, Result, repr_without
 
 ERROR_LENGTH = 500  # characters of an answer kept for people
 
@@ -17,6 +17,9 @@ class Request(NamedTuple):
     url: str
     headers: list[str]  # "Name: value"; "Name;" where the value is empty
     body: bytes
+
+    def __repr__(self) -> str:
+        return repr_without(self, "headers", "body")
 
 
 class Transport(Protocol):

@@ -645,3 +645,70 @@ def test_deadline_is_the_tasks_or_the_queues(own: int, deadline: int) -> None:
     [delivery] = commit(make(), claim(deadline=own))
 
     assert delivery.deadline == deadline
+
+
+# --- slowed targets ---------------------------------------------------------------------------------------------------
+
+
+def refuse_tokens(scheduler: Scheduler, ids: range, *, now: int = NOW, **fields: Any) -> None:
+    """Let the target refuse the token of one delivery after the other."""
+    for id in ids:
+        sent = claim(id, **fields)
+        commit(scheduler, sent, now=now)
+        outcome = scheduler.finished(now, result(sent, status=403, outcome="untrusted", error="unknown key"))
+        assert outcome is not None
+        assert (outcome.action, outcome.charged, outcome.executed) == (Action.RETRY, 0, 0)
+        scheduler.settled(now, [outcome], [True])
+    scheduler.woken(now)
+
+
+def test_target_that_refuses_the_token_is_tried_with_one_task_after_a_pause() -> None:
+    scheduler = make(QueueConfig(name="default"), QueueConfig(name="own", target="worker"))
+
+    refuse_tokens(scheduler, range(3))
+
+    assert asked(scheduler.plan(NOW, room(8))) == {"own": 8}
+    [news] = scheduler.news()
+    assert (news.base, news.decision and news.decision.reason) == (BASE, "unknown key")
+
+    later = NOW + SECOND
+    assert asked(scheduler.plan(later, room(8))) == {"default": 1, "own": 8}
+    probe = claim(9)
+    commit(scheduler, probe, now=later)
+    scheduler.woken(later)
+    assert asked(scheduler.plan(later, room(8))) == {"own": 8}
+    scheduler.finished(later, result(probe, outcome="ok"))
+    assert asked(scheduler.plan(later, room(8))) == {"default": 8, "own": 8}
+    assert [each.decision for each in scheduler.news()] == [None]
+
+
+def test_turn_is_due_when_a_slowed_target_is_tried_again() -> None:
+    scheduler = make()
+    refuse_tokens(scheduler, range(3))
+
+    assert scheduler.wake_at(NOW, room(8)) == NOW + SECOND
+
+
+def test_lost_delivery_to_a_slowed_target_makes_way_for_the_next() -> None:
+    scheduler = make()
+    refuse_tokens(scheduler, range(3))
+    later = NOW + SECOND
+    probe = claim(9)
+    commit(scheduler, probe, now=later)
+
+    scheduler.finished(later, result(probe, Kind.UNREACHABLE, 0))
+    scheduler.woken(later)
+
+    assert asked(scheduler.plan(later, room(8))) == {"default": 1}
+
+
+def test_task_with_a_slowed_target_of_its_own_gives_way_to_the_others() -> None:
+    scheduler = make()
+    refuse_tokens(scheduler, range(3), target="worker")
+    specs = scheduler.plan(NOW, room(8))
+
+    outcomes = scheduler.refusals(NOW, specs, [claim(7, target="worker"), claim(8)])
+
+    assert [(o.id, o.action, o.at) for o in outcomes] == [(7, Action.RELEASE, NOW + SECOND)]
+    assert outcomes[0].reason == "target http://worker refuses this engine's requests"
+    assert asked(specs) == {"default": 8}

@@ -161,14 +161,64 @@ def test_permanent_failure_is_dead_at_once_and_not_charged() -> None:
     assert (outcome.charged, outcome.executed) == (0, 1)
 
 
-@pytest.mark.parametrize("said", ["undecodable", "key-unknown", "newer"])
-def test_call_that_cannot_start_is_quarantined_after_a_while(said: str) -> None:
-    given = claim(first_try=NOW - 10 * MINUTE)
+UNRUNNABLE = ["undecodable", "key-unknown", "newer"]
 
-    assert judged(given, result(given, status=500, outcome=said), now=NOW - 1).action is Action.RETRY
-    outcome = judged(given, result(given, status=500, outcome=said))
-    assert (outcome.action, outcome.reason) == (Action.DEAD, f"quarantine: {said}")
+
+def fail_at(given: Claim, at: int, said: str, *, config: QueueConfig | None = None) -> Outcome:
+    """End an attempt that began at *at* with the outcome *said*."""
+    ended = Result(given.id, given.claims, Kind.ANSWERED, at, at + 5, 500, said, "why")
+    return judged(given, ended, config=config, now=at + 5)
+
+
+@pytest.mark.parametrize("said", UNRUNNABLE)
+def test_call_that_cannot_start_is_quarantined_after_a_while(said: str) -> None:
+    first = fail_at(claim(), NOW, said)
+    again = claim(attempts=2, history=first.history)
+
+    assert fail_at(again, NOW + 10 * MINUTE - 6, said).action is Action.RETRY
+    outcome = fail_at(again, NOW + 10 * MINUTE - 5, said)
+    assert (outcome.action, outcome.reason) == (Action.DEAD, f"quarantine: {said}: why")
     assert (outcome.charged, outcome.executed) == (0, 0)
+
+
+def test_while_before_quarantine_begins_with_the_first_attempt_that_could_not_start() -> None:
+    """A task that has failed for an hour, when a deploy breaks it for a minute."""
+    old = claim(first_try=NOW - 60 * MINUTE, attempts=8, history=fail_at(claim(), NOW - MINUTE, "retry").history)
+
+    broken = fail_at(old, NOW, "undecodable")
+    mended = fail_at(old._replace(history=broken.history), NOW + MINUTE, "retry")
+    broken_again = fail_at(old._replace(history=mended.history), NOW + 11 * MINUTE, "undecodable")
+
+    assert [outcome.action for outcome in (broken, mended, broken_again)] == [Action.RETRY] * 3
+
+
+def test_kind_of_trouble_may_change_within_the_while() -> None:
+    first = fail_at(claim(), NOW, "key-unknown")
+
+    assert fail_at(claim(history=first.history), NOW + 10 * MINUTE, "undecodable").action is Action.DEAD
+
+
+def test_replayed_call_gets_its_while_anew() -> None:
+    former = fail_at(claim(), NOW, "undecodable")
+    replayed = claim(first_try=NOW + 60 * MINUTE, history=former.history)
+
+    assert fail_at(replayed, NOW + 60 * MINUTE, "undecodable").action is Action.RETRY
+
+
+@pytest.mark.parametrize("said", [*UNRUNNABLE, "untrusted"])
+def test_call_that_cannot_start_is_tried_at_least_twice_a_minute(said: str) -> None:
+    config = QueueConfig(name="default", retry=RetryPolicy(min_backoff=60 * MINUTE))
+    quick = QueueConfig(name="default", retry=RetryPolicy(min_backoff=SECOND))
+
+    assert fail_at(claim(), NOW, said, config=config).at == NOW + 5 + 30 * SECOND
+    assert fail_at(claim(), NOW, said, config=quick).at == NOW + 5 + SECOND
+
+
+def test_call_that_cannot_start_outlives_every_limit() -> None:
+    config = QueueConfig(name="default", retry=RetryPolicy(retry_limit=0, age_limit=SECOND, first_limit_wins=True))
+    old = claim(first_try=NOW - 60 * MINUTE, failures=7)
+
+    assert fail_at(old, NOW, "undecodable", config=config).action is Action.RETRY
 
 
 def test_unverified_call_is_quarantined_at_once() -> None:
