@@ -17,7 +17,7 @@ from deferlib.errors import (
     SingularTaskFailure,
 )
 from deferlib.moved import formerly
-from deferlib.server.wsgi import wrap_wsgi_app
+from deferlib.server.wsgi import task_only, wrap_wsgi_app
 
 if TYPE_CHECKING:
     from deferlib.engine.inprocess import running as running
@@ -40,6 +40,7 @@ __all__ = [
     "handler",
     "namespaces",
     "running",
+    "task_only",
     "taskqueue",
     "using",
     "wrap_wsgi_app",
@@ -48,7 +49,6 @@ __all__ = [
 _LATER = {
     "joined": "call defer() after the commit",
     "pull": "use a push queue",
-    "task_only": "check current_task() in the view",
 }
 
 

@@ -19,7 +19,9 @@ NO_ADDRESS = "0.0.0.0"  # stands for a client that claims to be TASK_ADDRESS; no
 _ENVELOPE = 64 * 1024  # more than the envelope of any call takes
 BODY_KEY = "deferlib.body"
 _SIGNATURE_KEY = "HTTP_X_DEFERLIB_SIGNATURE"
-_FORGEABLE = ("x-appengine", "x-cloudtasks", "x-deferlib")
+_PLATFORMS = ("x-appengine", "x-cloudtasks")
+_FORGEABLE = (*_PLATFORMS, "x-deferlib")
+_CLAIMED_KEY = "deferlib.claimed"
 
 Environ = dict[str, Any]
 
@@ -27,6 +29,11 @@ Environ = dict[str, Any]
 def is_engines(name: str) -> bool:
     """Tell whether only an engine may set the header *name*, however it is spelled."""
     return name.strip().lower().replace("_", "-").startswith(_FORGEABLE)
+
+
+def is_platforms(name: str) -> bool:
+    """Tell whether *name* is a header of App Engine's or Cloud Tasks', which an admin may set by hand."""
+    return name.strip().lower().replace("_", "-").startswith(_PLATFORMS)
 
 
 def max_body() -> int:
@@ -77,7 +84,7 @@ def recognise(environ: Environ, runtime: Runtime) -> Dispatch | None:
     vouched = token.verify(runtime.ring, runtime.clock, signature)
     dispatch = vouched.dispatch(
         method=environ["REQUEST_METHOD"],
-        path=_decoded(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")),
+        path=decoded(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")),
         query=environ.get("QUERY_STRING", ""),
         body=read_body(environ),
         prefix=runtime.settings["prefix"],
@@ -112,13 +119,21 @@ def _read(stream: Any, length: int) -> bytes:
     return b"".join(parts)
 
 
+def claimed(environ: Environ) -> Environ:
+    """Return the headers that were taken away, as they came: what a request says of itself, and an admin may."""
+    found = environ.get(_CLAIMED_KEY)
+    return found if isinstance(found, dict) else {}
+
+
 def _clean(environ: Environ) -> None:
     for key in [key for key in environ if key[5:6] in "xX" and key[:5].upper() == "HTTP_" and is_engines(key[5:])]:
-        del environ[key]
+        value = environ.pop(key)
+        if is_platforms(key[5:]):
+            environ.setdefault(_CLAIMED_KEY, {})[key] = value
     if environ.get("REMOTE_ADDR") == TASK_ADDRESS:  # from a forged X-Forwarded-For: nothing else comes from there
         environ["REMOTE_ADDR"] = NO_ADDRESS
 
 
-def _decoded(path: str) -> str:
+def decoded(path: str) -> str:
     """Return a WSGI path, which carries bytes as Latin-1, as the text it stands for."""
     return path.encode("latin-1", "replace").decode("utf-8", "replace")

@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 # From the bottom up; a package's modules are its layer unless they stand on their own.
 LAYERS = [
     {"core"},
-    {"clock", "limits", "targets"},
+    {"clock", "disassembly", "limits", "outbound", "secret_names", "targets"},
     {"context", "keys", "moved", "namespaces", "ids", "queue_fields", "queue_yaml"},
     {"payload", "token", "store"},
     {"settings", "queue_rows"},
     {"config", "call_text"},
     {"deadline"},
     {"taskqueue"},
-    {"inbound", "checkup"},
+    {"access", "inbound", "checkup"},
     {"attempt"},
     {"deferred"},
     {"server"},

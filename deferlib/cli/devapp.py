@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deferlib import config, token
+from deferlib import access, config, token
 from deferlib.cli.load import AppBroken, Stopped, load_app
 from deferlib.cli.logs import log_to_stderr
 from deferlib.cli.narrate import Paper
@@ -107,6 +107,7 @@ def main(argument: str) -> None:
     os.environ["WERKZEUG_RUN_MAIN"] = "true"
     os.environ["FLASK_RUN_FROM_CLI"] = "true"  # Flask ignores an app.run() outside of `if __name__ == "__main__"`
     reports = Reports(plan)
+    access.open_to_this_machine()
     _quiet_werkzeug()
     from werkzeug._reloader import ensure_echo_on, reloader_loops
 
@@ -227,7 +228,7 @@ def _in_use() -> dict[str, Any]:
         )
     _ = runtime.store, runtime.ring  # now, where an error of theirs is told
     settings = {name: setting.value for name, setting in runtime.settings.all.items() if setting.value is not None}
-    settings |= {"limits": str(runtime.limits), "targets": str(runtime.targets)}
+    settings |= {name: str(settings[name]) for name in ("limits", "targets", "allow_urls")}  # as JSON can have them
     queues = None if runtime.given_queues is None else [queue.to_json() for queue in runtime.given_queues]
     status = os.stat(path)  # which file: one that was removed and made anew needs a new engine
     return {

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 from deferlib import attempt as attempts
 from deferlib import config, deadline, deferred, inbound, namespaces, payload, token
+from deferlib.access import ADMIN_KEY, Access, is_at_this_machine
 from deferlib.context import ENVIRON_KEY, Dispatch, call_taken, request_host, running
 from deferlib.errors import DeadlineExceededError, TokenError
 
@@ -29,6 +30,7 @@ AsgiApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
 
 _SIGNATURE = token.HEADER.lower()
+_CLAIMED = "deferlib.claimed"  # in the scope: the headers that were taken away
 
 
 class Middleware:
@@ -37,10 +39,16 @@ class Middleware:
     Every request and websocket loses its `X-AppEngine-*`, `X-CloudTasks-*` and `X-Deferlib-*` headers, however they are
     spelled; requests that an engine made, as their token proves, get the true ones, come from 0.1.0.2, and run in their
     task's namespace, with `current_task()`, until shortly before their task's deadline, when they are cancelled.
+
+    *task_only* are paths for tasks and admins only, and those below them; *is_admin* tells of a scope (by a coroutine
+    function, if need be) whether an admin made it, as for `deferlib.wrap_wsgi_app`.
     """
 
-    def __init__(self, app: AsgiApp) -> None:
+    def __init__(
+        self, app: AsgiApp, *, is_admin: Callable[[Scope], object] | None = None, task_only: Iterable[str] | str = ()
+    ) -> None:
         self.app = app
+        self.access: Access[Scope] = Access(task_only, is_admin)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match scope["type"]:
@@ -48,6 +56,8 @@ class Middleware:
                 await self._http(scope, receive, send)
             case "websocket":  # never a task
                 _clean(scope)
+                if not await self._admit(scope):
+                    return await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
                 await self.app(scope, receive, send)
             case _:  # lifespan
                 await self.app(scope, receive, send)
@@ -69,6 +79,8 @@ class Middleware:
         except TokenError as error:
             return await _respond(send, attempts.refuse(error))
         if dispatch is None:
+            if not await self._admit(scope):
+                return await _respond(send, attempts.TASKS_ONLY)
             return await self.app(scope, receive, send)
         task = running.set(dispatch.context)
         default = namespaces.default_namespace.set(dispatch.default_namespace)
@@ -81,6 +93,24 @@ class Middleware:
         finally:
             namespaces.default_namespace.reset(default)
             running.reset(task)
+
+    async def _admit(self, scope: Scope) -> bool:
+        """Tell whether a request that is no task's gets in; an admin's gets the headers back that were set by hand."""
+        covered = self.access.covers(_split_path(scope)[1])
+        claimed: list[tuple[bytes, bytes]] = scope.get(_CLAIMED, [])
+        if not covered and not claimed:  # nearly all
+            return True
+        if ADMIN_KEY not in scope:
+            admin: object = is_at_this_machine((scope.get("client") or ("",))[0], partial(_header, scope))
+            if not admin and self.access.is_admin is not None:
+                admin = self.access.is_admin(scope)
+                if inspect.isawaitable(admin):
+                    admin = await admin
+            if not admin:
+                return not covered
+            scope[ADMIN_KEY] = True
+        scope["headers"] = [*scope["headers"], *scope.pop(_CLAIMED, [])]
+        return True
 
     async def _call_or_view(self, dispatch: Dispatch, scope: Scope, body: _Body, send: Send) -> None:
         """Run a request to its queue's default URL: by the app's view, or if it has none, as the call that it may be."""
@@ -116,9 +146,21 @@ class Middleware:
             await _respond(send, answer)
 
 
-def wrap_asgi_app(app: AsgiApp) -> Middleware:
+def wrap_asgi_app(app: AsgiApp, *, is_admin: Callable[[Scope], object] | None = None) -> Middleware:
     """Return *app* with the handler of deferred calls at `/_ah/queue/deferred`. Wrapping twice is wrapping once."""
-    return app if isinstance(app, Middleware) else Middleware(app)
+    if not isinstance(app, Middleware):
+        return Middleware(app, is_admin=is_admin)
+    return app if is_admin is None else task_only(app, (), is_admin=is_admin)
+
+
+def task_only(
+    app: AsgiApp, paths: Iterable[str] | str = ("/",), *, is_admin: Callable[[Scope], object] | None = None
+) -> Middleware:
+    """Do what `deferlib.task_only` does, for an ASGI app; *is_admin* takes a scope. The deferred handler is mounted too."""
+    if not isinstance(app, Middleware):
+        return Middleware(app, is_admin=is_admin, task_only=paths)
+    access = app.access.joined(Access(paths).paths, is_admin)
+    return Middleware(app.app, is_admin=access.is_admin, task_only=access.paths)
 
 
 def is_asgi(app: object) -> bool:
@@ -246,6 +288,8 @@ def _clean(scope: Scope) -> str:
             kept.append((name, value))
         elif spelled.strip().lower().replace("_", "-") == _SIGNATURE:
             signatures.append(value.decode("latin-1"))
+        elif inbound.is_platforms(spelled):
+            scope.setdefault(_CLAIMED, []).append((name, value))
     scope["headers"] = kept
     client = scope.get("client")
     if client is not None and client[0] == inbound.TASK_ADDRESS:  # nothing else comes from there
@@ -259,6 +303,12 @@ def _tell(scope: Scope, dispatch: Dispatch) -> None:
         (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in dispatch.headers.items()
     ]
     scope["client"] = (inbound.TASK_ADDRESS, 0)
+
+
+def _header(scope: Scope, name: str) -> str:
+    """Return a header's value, of several the last; '' without one."""
+    wanted = name.lower().encode()
+    return next((value.decode("latin-1") for key, value in reversed(scope["headers"]) if key.lower() == wanted), "")
 
 
 def _split_path(scope: Scope) -> tuple[str, str]:

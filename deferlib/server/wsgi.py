@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any
 
 from deferlib import attempt, config, deadline, deferred, inbound, namespaces, payload
+from deferlib.access import ADMIN_KEY, Access, is_at_this_machine
 from deferlib.context import Dispatch, call_taken, request_host, running
-from deferlib.errors import DeadlineExceededError, NotAvailableError, TokenError
+from deferlib.errors import DeadlineExceededError, TokenError
+from deferlib.inbound import Environ
 
 StartResponse = Callable[..., Any]
 WsgiApp = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
+_ANYBODY: Access[Environ] = Access()
+_COROUTINE = 0x80  # inspect.CO_COROUTINE, without the 6 ms of inspect
+
 
 class Middleware:
-    """A WSGI app with the deferred handler in it. What `wrap_wsgi_app` returns."""
+    """A WSGI app with the deferred handler in it. What `wrap_wsgi_app` and `task_only` return."""
 
-    def __init__(self, app: WsgiApp, *, use_deferred: bool) -> None:
+    def __init__(self, app: WsgiApp, *, use_deferred: bool, access: Access[Environ] = _ANYBODY) -> None:
         self.app = app
         self.use_deferred = use_deferred
+        self.access = access
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         if self.use_deferred and environ.get("PATH_INFO") == deferred.DEFAULT_URL:
@@ -28,6 +35,8 @@ class Middleware:
             dispatch = inbound.identify(environ, config.runtime())
         except TokenError as error:
             return attempt.refuse(error).respond(start_response)
+        if dispatch is None and not self._admit(environ):
+            return attempt.TASKS_ONLY.respond(start_response)
         # A context of its own for each request (0.4 µs of the middleware's 2.4): servers use a thread again, and the next
         # tenant's request must not start in the namespace that a view of the last one's has set.
         context = copy_context()
@@ -38,6 +47,20 @@ class Middleware:
         if isinstance(body, list | tuple) or _is_file(body, environ):
             return body
         return _Body(body, context)
+
+    def _admit(self, environ: Environ) -> bool:
+        """Tell whether a request that is no task's gets in; an admin's gets the headers back that were set by hand."""
+        covered = self.access.covers(inbound.decoded(environ.get("PATH_INFO", "")))
+        claimed = inbound.claimed(environ)
+        if not covered and not claimed:  # nearly all
+            return True
+        if ADMIN_KEY not in environ:
+            admin = is_at_this_machine(environ.get("REMOTE_ADDR") or "", partial(_header, environ))
+            if not admin and (self.access.is_admin is None or not self.access.is_admin(environ)):
+                return not covered
+            environ[ADMIN_KEY] = True
+        environ.update(claimed)
+        return True
 
     def _attempt(self, dispatch: Dispatch, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """Run a task's request to its end or its deadline; the server gets nothing of the answer before."""
@@ -110,6 +133,10 @@ class _Body:
             self._context.run(close)
 
 
+def _header(environ: Environ, name: str) -> str:
+    return str(environ.get("HTTP_" + name.upper().replace("-", "_")) or "")
+
+
 def _is_file(body: object, environ: dict[str, Any]) -> bool:
     """Tell whether *body* is the server's own file wrapper, which it sends faster if nothing is around it."""
     wrapper = environ.get("wsgi.file_wrapper")
@@ -121,16 +148,45 @@ def wrap_wsgi_app(
     use_legacy_context_mode: bool = True,
     use_deferred: bool = True,
     *,
-    is_admin: Callable[[dict[str, Any]], bool] | None = None,
+    is_admin: Callable[[Environ], object] | None = None,
 ) -> Middleware:
     """Return *app* with the handler of deferred calls at `/_ah/queue/deferred`.
 
     Every request loses its `X-AppEngine-*`, `X-CloudTasks-*` and `X-Deferlib-*` headers, however spelled; requests that an
     engine made, as their token proves, get the true ones, come from 0.1.0.2, and run in their task's namespace.
-    *use_legacy_context_mode* is accepted for App Engine's sake and changes nothing. Wrapping twice is wrapping once.
+
+    *is_admin* tells of a request's environ whether an admin made it, by a session or a login: never by a header that
+    anybody can send. Admins keep the `X-AppEngine-*` and `X-CloudTasks-*` headers that they set by hand, and get in where
+    `task_only` lets tasks in only. *use_legacy_context_mode* is accepted for App Engine's sake and changes nothing.
+    Wrapping twice is wrapping once.
     """
-    if is_admin is not None:
-        raise NotAvailableError("is_admin isn't available in this version; protect the views themselves")
     if isinstance(app, Middleware):
-        return app if app.use_deferred or not use_deferred else Middleware(app.app, use_deferred=True)
-    return Middleware(app, use_deferred=use_deferred)
+        if is_admin is None and (app.use_deferred or not use_deferred):
+            return app
+        return Middleware(app.app, use_deferred=use_deferred or app.use_deferred, access=app.access.joined((), is_admin))
+    _refuse_asgi(app, "wrap_wsgi_app", "wrap_asgi_app")
+    return Middleware(app, use_deferred=use_deferred, access=Access((), is_admin))
+
+
+def task_only(
+    app: WsgiApp, paths: Iterable[str] | str = ("/",), *, is_admin: Callable[[Environ], object] | None = None
+) -> Middleware:
+    """Return *app* with *paths*, and all below them, for tasks and admins only: App Engine's `login: admin`.
+
+    Anybody else gets a 403. A path is the app's own, as in its routes: `/tasks` covers `/tasks` and `/tasks/mail`, not
+    `/tasks-list`. *is_admin* is as for `wrap_wsgi_app`; in either order, both functions make one middleware. ValueError for
+    a path that doesn't begin with `/`.
+    """
+    if isinstance(app, Middleware):
+        return Middleware(app.app, use_deferred=app.use_deferred, access=app.access.joined(Access(paths).paths, is_admin))
+    _refuse_asgi(app, "task_only", "task_only")
+    return Middleware(app, use_deferred=False, access=Access(paths, is_admin))
+
+
+def _refuse_asgi(app: object, name: str, other: str) -> None:
+    """Say to whoever has an ASGI app which function is for it; TypeError also for what can't be called."""
+    if not callable(app):
+        raise TypeError(f"{name}() takes a WSGI app, not {type(app).__name__}")
+    code = getattr(getattr(type(app), "__call__", None), "__code__", None) or getattr(app, "__code__", None)  # noqa: B004  # its kind counts, not whether it is there
+    if code is not None and code.co_flags & _COROUTINE:
+        raise TypeError(f"{name}() takes a WSGI app, and this is an ASGI app: use deferlib.contrib.asgi.{other}()")
