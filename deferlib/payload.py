@@ -269,12 +269,11 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
             f"{envelope.label} was pickled by value on Python 3.{envelope.python_minor}, which 3.{here} can't load; "
             "define it in an importable module"
         )
-    body = envelope.body
-    loads = _loads_moved if anything_moved() else pickle.loads
     try:
-        (length,) = _LENGTH.unpack_from(body)
-        fn = loads(body[4 : 4 + length])
-        args, kwargs = loads(body[4 + length :])
+        try:
+            return _load(envelope.body)
+        except KeyError:  # also how a module is missing whose import has just failed in another thread: that error is better
+            return _load(envelope.body)
     except MemoryError:
         raise  # the machine's trouble, not the payload's
     except (Exception, SystemExit) as error:  # imports run user code, which may raise anything
@@ -282,6 +281,13 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
         raise PayloadUndecodableError(
             f"{envelope.label} can't be loaded: {describe_error(error)}{hint if isinstance(error, _GONE) else ''}"
         ) from error
+
+
+def _load(body: bytes) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    loads = _loads_moved if anything_moved() else pickle.loads
+    (length,) = _LENGTH.unpack_from(body)
+    fn = loads(body[4 : 4 + length])
+    args, kwargs = loads(body[4 + length :])
     return fn, args, kwargs
 
 
@@ -311,13 +317,16 @@ def _loads_moved(data: bytes) -> Any:
     return _Unpickler(io.BytesIO(data)).load()
 
 
-def arguments_of(envelope: Envelope) -> bytes:
-    """Return the pickle of (args, kwargs) of a *verified* envelope; `PayloadUndecodableError` if there is none."""
+def pickles_of(envelope: Envelope) -> tuple[bytes, bytes]:
+    """Return the two pickles of a call, the callable's and that of (args, kwargs); empty ones if it isn't whole.
+
+    Unpickle them only if the envelope is *verified*.
+    """
     try:
         (length,) = _LENGTH.unpack_from(envelope.body)
     except struct.error:
-        raise PayloadUndecodableError(f"{envelope.label} holds no call") from None
-    return envelope.body[4 + length :]
+        return b"", b""
+    return envelope.body[4 : 4 + length], envelope.body[4 + length :]
 
 
 def is_envelope(data: bytes) -> bool:
