@@ -7,6 +7,7 @@ Every spelling of the engine's headers is deleted from every request, and set an
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 from deferlib import config, token
@@ -21,6 +22,8 @@ BODY_KEY = "deferlib.body"
 _SIGNATURE_KEY = "HTTP_X_DEFERLIB_SIGNATURE"
 _PLATFORMS = ("x-appengine", "x-cloudtasks")
 _FORGEABLE = (*_PLATFORMS, "x-deferlib")
+_NOT_IN_NAMES = "".join(char for char in map(chr, range(256)) if not char.isalnum())
+_TASK_ADDRESS = re.compile(r"(?<![\d.])0\.1\.0\.2(?![\d.])")
 _CLAIMED_KEY = "deferlib.claimed"
 
 Environ = dict[str, Any]
@@ -28,12 +31,22 @@ Environ = dict[str, Any]
 
 def is_engines(name: str) -> bool:
     """Tell whether only an engine may set the header *name*, however it is spelled."""
-    return name.strip().lower().replace("_", "-").startswith(_FORGEABLE)
+    return folded(name).startswith(_FORGEABLE)
 
 
 def is_platforms(name: str) -> bool:
     """Tell whether *name* is a header of App Engine's or Cloud Tasks', which an admin may set by hand."""
-    return name.strip().lower().replace("_", "-").startswith(_PLATFORMS)
+    return folded(name).startswith(_PLATFORMS)
+
+
+def folded(name: str) -> str:
+    """Return a header's name as the laxest server might read it."""
+    return name.strip(_NOT_IN_NAMES).lower().replace("_", "-")
+
+
+def is_tasks_address(address: str) -> bool:
+    """Tell whether *address* is `TASK_ADDRESS`, however it is written (`0.1.0.2:80`, `::ffff:0.1.0.2`)."""
+    return TASK_ADDRESS in address and _TASK_ADDRESS.search(address) is not None
 
 
 def max_body() -> int:
@@ -126,11 +139,13 @@ def claimed(environ: Environ) -> Environ:
 
 
 def _clean(environ: Environ) -> None:
-    for key in [key for key in environ if key[5:6] in "xX" and key[:5].upper() == "HTTP_" and is_engines(key[5:])]:
+    # All but a few begin with another letter. What is none at all, cheroot lets through.
+    odd = [key for key in environ if (key[5:6] in "xX" or not key[5:6].isalpha()) and key[:5].upper() == "HTTP_"]
+    for key in filter(lambda key: is_engines(key[5:]), odd):
         value = environ.pop(key)
         if is_platforms(key[5:]):
             environ.setdefault(_CLAIMED_KEY, {})[key] = value
-    if environ.get("REMOTE_ADDR") == TASK_ADDRESS:  # from a forged X-Forwarded-For: nothing else comes from there
+    if is_tasks_address(environ.get("REMOTE_ADDR") or ""):  # from a forged X-Forwarded-For: nothing else comes from there
         environ["REMOTE_ADDR"] = NO_ADDRESS
 
 

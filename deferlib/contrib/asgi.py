@@ -286,13 +286,13 @@ def _clean(scope: Scope) -> str:
         spelled = name.decode("latin-1")
         if not inbound.is_engines(spelled):
             kept.append((name, value))
-        elif spelled.strip().lower().replace("_", "-") == _SIGNATURE:
+        elif inbound.folded(spelled) == _SIGNATURE:
             signatures.append(value.decode("latin-1"))
         elif inbound.is_platforms(spelled):
             scope.setdefault(_CLAIMED, []).append((name, value))
     scope["headers"] = kept
     client = scope.get("client")
-    if client is not None and client[0] == inbound.TASK_ADDRESS:  # nothing else comes from there
+    if client is not None and inbound.is_tasks_address(str(client[0])):  # nothing else comes from there
         scope["client"] = (inbound.NO_ADDRESS, client[1])
     return ",".join(signatures)  # as WSGI servers do it: two of them are valid nowhere
 

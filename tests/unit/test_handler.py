@@ -675,6 +675,10 @@ SPELLINGS = [
     "HTTP_x-cloudtasks-taskname",
     "HTTP_X_DEFERLIB_OUTCOME",
     "HTTP_X_DEFERLIB_SIGNATURE ",
+    "HTTP_\0X_APPENGINE_TASKNAME",
+    "HTTP_\xa0X_APPENGINE_TASKNAME",
+    "HTTP__X_APPENGINE_TASKNAME",
+    "HTTP_ X_CLOUDTASKS_TASKNAME",
 ]
 
 
@@ -712,15 +716,27 @@ def test_view_of_a_task_gets_the_truth() -> None:
     assert namespaces.get_namespace() == ""
 
 
-def test_view_of_anybody_else_gets_no_task_and_no_tasks_address() -> None:
+@pytest.mark.parametrize("address", ["0.1.0.2", "0.1.0.2:80", "::ffff:0.1.0.2", "[::ffff:0.1.0.2]:80"])
+def test_view_of_anybody_else_gets_no_task_and_no_tasks_address(address: str) -> None:
     environ = environ_of(b"body", task("/view"))
     del environ["HTTP_X_DEFERLIB_SIGNATURE"]
-    environ["REMOTE_ADDR"] = "0.1.0.2"
+    environ["REMOTE_ADDR"] = address
 
     call(wrap_wsgi_app(view), environ)
 
     assert SEEN[0]["task"] is None
     assert SEEN[0]["REMOTE_ADDR"] == "0.0.0.0"
+
+
+@pytest.mark.parametrize("address", ["10.1.0.2", "0.1.0.21", "192.0.1.0", "2001:db8::1", ""])
+def test_other_addresses_stay(address: str) -> None:
+    environ = environ_of(b"body", task("/view"))
+    del environ["HTTP_X_DEFERLIB_SIGNATURE"]
+    environ["REMOTE_ADDR"] = address
+
+    call(wrap_wsgi_app(view), environ)
+
+    assert SEEN[0]["REMOTE_ADDR"] == address
 
 
 def test_invalid_token_stops_at_the_middleware() -> None:
