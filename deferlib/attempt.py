@@ -173,8 +173,7 @@ class Attempt:
         """Verify and unpickle the call; a `PayloadError` says what is wrong with it."""
         task = self._task
         self._loading = True
-        binding = payload.Binding(task.id, task.user_name, task.queue, task.url, task.namespace)
-        envelope = payload.verify(data, config.runtime().ring, binding)
+        envelope = verify(data, task)
         self._label = envelope.label
         loaded = Loaded(*payload.load_call(envelope))
         self._loading = False
@@ -242,6 +241,13 @@ def _payload_outcome(error: PayloadError) -> str:
         case PayloadUndecodableError():
             return "undecodable"
     return "unverified"
+
+
+def verify(data: bytes, task: TaskContext | None) -> payload.Envelope:
+    """Return the verified envelope of a call that *task* carries (None: any task may), or raise its `PayloadError`."""
+    runtime = config.runtime()
+    binding = task and payload.Binding(task.id, task.user_name, task.queue, task.url, task.namespace)
+    return payload.verify(data, runtime.ring, binding, unbound=runtime.settings["accept_unbound"])
 
 
 def perform(dispatch: Dispatch, data: bytes, finish: Callable[[Any], Any] | None = None) -> Answer:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias
 from deferlib import attempt, config, context, inbound, payload
 from deferlib.context import Dispatch
 from deferlib.errors import (
+    ConfigError,
     DeferredError,
     InvalidDispatchDeadlineError,
     NotAvailableError,
@@ -222,23 +223,27 @@ def _suggestion(key: str) -> str:
 def serialize(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bytes:
     """Return the call as a signed payload for a hand-made `Task` to a handler of deferred calls.
 
-    It is bound to no task: whoever holds it can have it run, again and again.
+    It is bound to no task: whoever holds it can have it run, again and again, unless the setting `accept_unbound` is false.
+    `ConfigError` where it is.
     """
     if not callable(fn):
         raise ValueError(f"a callable is needed to serialize, not {fn!r}")
-    return payload.seal(payload.dump_call(fn, args, kwargs), config.runtime().ring.signing, None)
+    runtime = config.runtime()
+    if not runtime.settings["accept_unbound"]:
+        raise ConfigError("the setting 'accept_unbound' is false: payloads are for one task each; use defer() instead")
+    return payload.seal(payload.dump_call(fn, args, kwargs), runtime.ring.signing, None)
 
 
 def run(data: bytes) -> Any:
     """Run the call in the signed payload *data* and return its value.
 
-    A payload that can't be verified or decoded raises a `PayloadError`, before anything of it is run; what the call
-    raises comes through.
+    A payload that can't be verified or decoded raises a `PayloadError`, before anything of it is run: within a task's
+    request also one that `defer` made for another task. What the call raises comes through.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise PayloadUnverifiedError(f"a payload is bytes, as serialize() returns them, not {type(data).__name__}")
     _take()
-    envelope = payload.verify(bytes(data), config.runtime().ring, None)
+    envelope = attempt.verify(bytes(data), context.current_task())
     fn, args, kwargs = payload.load_call(envelope)
     return attempt.finished(fn(*args, **kwargs))
 

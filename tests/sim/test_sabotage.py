@@ -181,7 +181,7 @@ def full_queues_unnoticed(patch: pytest.MonkeyPatch) -> None:
 
 
 def failed_fast_though_slots_are_free(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "_has_slot", lambda self, queue, room: False)
+    patch.setattr(Scheduler, "_has_slot", lambda self, queue, at, room: False)
 
 
 def failed_fast_and_charged(patch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from http import HTTPStatus
 from pathlib import Path
@@ -20,7 +21,7 @@ import deferlib
 from deferlib import config, context, deferred, inbound, namespaces, payload, token
 from deferlib.context import ENVIRON_KEY, Dispatch, TaskContext
 from deferlib.core.model import MINUTE, SECOND, Micros
-from deferlib.errors import PayloadUnverifiedError
+from deferlib.errors import ConfigError, PayloadUnverifiedError
 from deferlib.keys import Keyring
 from deferlib.server.wsgi import Middleware, wrap_wsgi_app
 
@@ -110,6 +111,13 @@ def call(app: Callable[..., Iterable[bytes]], environ: dict[str, Any]) -> Respon
 
 def run(fn: Any, *args: Any) -> Response:
     return call(deferlib.handler, environ_of(sealed(fn, *args)))
+
+
+@contextmanager
+def context_of(current: TaskContext) -> Iterator[None]:
+    token = context.running.set(current)
+    yield
+    context.running.reset(token)
 
 
 # --- functions that are deferred ------------------------------------------------------------------------------------
@@ -398,6 +406,34 @@ def test_coroutine_that_cancels_itself_has_failed() -> None:
 
 def test_run_returns_what_the_call_returns() -> None:
     assert deferred.run(deferred.serialize(note, 5)) == 5
+
+
+def test_run_outside_a_task_takes_the_payload_of_any() -> None:
+    """As tests do with what their app has deferred."""
+    assert deferred.run(sealed(note, 5)) == 5
+
+
+def test_run_in_a_task_refuses_the_payload_of_another() -> None:
+    with context_of(task()):
+        assert deferred.run(sealed(note, 5)) == 5
+        others = [task(id=78), task(queue="q2"), task(url="/other"), task(namespace="tenant-2"), task(user_name="x")]
+        for moved in others:
+            with pytest.raises(PayloadUnverifiedError, match="another task"):
+                deferred.run(sealed(note, 6, of=moved))
+    assert CALLS == [5]
+
+
+def test_payload_that_is_bound_to_no_task_can_be_refused() -> None:
+    unbound = deferred.serialize(note, 5)
+    deferlib.configure(store="sqlite:///:memory:", key=KEY, accept_unbound="false", clock=Clock())
+
+    assert call(deferlib.handler, environ_of(unbound)).outcome == "unverified"
+    with pytest.raises(PayloadUnverifiedError, match="no task in particular"):
+        deferred.run(unbound)
+    with pytest.raises(ConfigError, match="accept_unbound"):
+        deferred.serialize(note, 5)
+    assert run(note, 7).outcome == "ok"
+    assert CALLS == [7]
 
 
 # --- logs -----------------------------------------------------------------------------------------------------------

@@ -196,6 +196,15 @@ def test_path_is_compared_decoded() -> None:
     assert read(signed("/caf%C3%A9/a%20b"), path="/café/a b").context.url == "/caf%C3%A9/a%20b"
 
 
+@pytest.mark.parametrize("path", ["/work/a/b", "/work/a%2Fb", "/work/a%2fb"])
+def test_encoded_slash_may_be_left_as_it_is(path: str) -> None:
+    text = signed("/work/a%2Fb")
+
+    assert read(text, path=path).context.url == "/work/a%2Fb"
+    with pytest.raises(TokenError, match="path"):
+        read(text, path="/work/a%252Fb")
+
+
 def test_path_of_the_base_url_is_bound_and_a_stripped_prefix_is_put_back() -> None:
     text = signed("/hook", base_path="/tasks")
 
