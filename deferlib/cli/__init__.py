@@ -1,8 +1,8 @@
-"""The command line: `deferlib engine`, `tasks`, `queues` and `config`.
+"""The command line: `deferlib engine`, `tasks`, `queues`, `keys` and `config`.
 
-Each command is a function of its parsed arguments that returns the Exit code: 0 done, 1 not found or only in part, 2 for
-a mistake in the arguments or the configuration and for a store that fails. Everything heavy is imported by the command
-that needs it, so that `--help` is quick.
+Each command is a function of its parsed arguments that returns the Exit code: 0 done, 1 not found, refused or only in part,
+2 for a mistake in the arguments or the configuration and for a store that fails. Everything heavy is imported by the
+command that needs it, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _is_text(argument: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     from deferlib import __version__
-    from deferlib.cli import dev, doctor, engine, queues, settings, tasks
+    from deferlib.cli import dev, doctor, engine, keys, preflight, queues, settings, tasks
 
     parser = _Parser(
         prog="deferlib",
@@ -111,8 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_to(commands)
     tasks.add_to(commands)
     queues.add_to(commands)
+    keys.add_to(commands)
     settings.add_to(commands)
     doctor.add_to(commands)
+    preflight.add_to(commands)
     return parser
 
 

@@ -21,6 +21,7 @@ from deferlib.cli.show import cut, padded, safe
 from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, Result, TaskRow
 from deferlib.engine.observer import describe, length
 from deferlib.keys import Keyring
+from deferlib.payload import Binding
 
 _SUBJECT = 34  # columns of what a line is about, at least
 _KNOWN = 100_000  # tasks whose adding was told
@@ -108,7 +109,8 @@ class Narrator:
         return True
 
     def _subject(self, task: TaskRow | Claim) -> str:
-        text = call_text(task.body, self._ring) or f"{task.method} {task.url}".rstrip()
+        binding = Binding(task.id, task.name or "", task.queue, task.url, task.namespace)
+        text = call_text(task.body, self._ring, binding) or f"{task.method} {task.url}".rstrip()
         return text if task.queue == "default" else f"{task.queue}: {text}"
 
     def _tell(self, subject: str, event: _Event) -> None:

@@ -63,12 +63,12 @@ class Opened:
 
 
 @contextmanager
-def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
-    """Open the configured store for the length of the block.
+def opened(arguments: argparse.Namespace, settings: Settings | None = None) -> Iterator[Opened]:
+    """Open the configured store for the length of the block; *settings* are the command's, unless an app has its own.
 
     `StoreUnavailableError` if there is no such file: making one would answer "no tasks" to whoever mistyped its name.
     """
-    settings = settings_of(arguments)
+    settings = settings_of(arguments) if settings is None else settings
     dsn, source = settings["store"], settings.all["store"].source
     path = config.sqlite_path(dsn, settings.root)
     if path is None and dsn.startswith("sqlite:"):

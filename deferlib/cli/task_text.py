@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from deferlib.call_text import call_text
+from deferlib.call_text import CallText, read_call
 from deferlib.cli.show import iso, print_fields, print_table, relative, seconds, span, when
 from deferlib.core.model import Micros, QueueRow, TaskRow
 from deferlib.keys import Keyring
+from deferlib.payload import Binding
+
+J = TypeVar("J", dict[str, Any], list[Any])
 
 TITLES = ("NAME", "QUEUE", "STATE", "DUE", "TRIES", "CALL")
 _ATTEMPTS = ("ATTEMPT", "AT", "TOOK", "STATUS", "ERROR")
@@ -19,7 +22,7 @@ class View(NamedTuple):
     """What a task is looked at with."""
 
     now: Micros
-    ring: Keyring | None  # without keys the arguments of calls aren't shown
+    ring: Keyring | None  # without keys no call can be verified
     queues: Mapping[str, QueueRow]
     served: bool  # whether an engine serves the store
 
@@ -34,20 +37,26 @@ def line(row: TaskRow, view: View) -> tuple[str, ...]:
 
 def call_of(row: TaskRow, view: View) -> str:
     """Return a deferred call as Python; of other tasks, their request. Nothing of it is run."""
-    return call_text(row.body, view.ring) or f"{row.method} {row.url}".rstrip()
+    return _call(row, view).text or f"{row.method} {row.url}".rstrip()
+
+
+def _call(row: TaskRow, view: View) -> CallText:
+    return read_call(row.body, view.ring, Binding(row.id, row.name or "", row.queue, row.url, row.namespace))
 
 
 def document(row: TaskRow, view: View) -> dict[str, Any]:
     """Return all there is to know of a task, for programs: the keys that `tasks show --help` documents."""
     queue = view.queues.get(row.queue)
     state = row.state(view.now)
+    call = _call(row, view)
     return {
         "name": row.public_name,
         "id": str(row.id),  # 63 bits: more than a JavaScript number holds
         "queue": row.queue,
         "state": state,
         "reason": row.reason,
-        "call": call_text(row.body, view.ring) or None,
+        "call": call.text or None,
+        "verified": call.verified,
         "method": row.method,
         "url": row.url,
         "target": _target(row, queue) or None,
@@ -96,7 +105,7 @@ def print_task(row: TaskRow, view: View) -> None:
             ("queue", row.queue),
             ("state", _state(row, now)),
             ("next run", _next_run(row, queue, view)),
-            ("call", call_text(row.body, view.ring)),
+            ("call", _call(row, view).text),
             ("request", f"{row.method} {row.url}".rstrip()),
             ("target", _target(row, queue)),
             ("namespace", row.namespace),
@@ -170,16 +179,17 @@ def _deadline(row: TaskRow, queue: QueueRow | None) -> Micros | None:
 
 def _header_names(row: TaskRow) -> list[str]:
     """Return the names only: a value may be a password."""
-    return [str(name) for name, _value in _json(row.headers)]
+    return [str(pair[0]) for pair in _json(row.headers, list) if isinstance(pair, list) and pair]
 
 
 def _history(row: TaskRow) -> list[dict[str, Any]]:
-    return [attempt for attempt in _json(row.history) if isinstance(attempt, dict)]
+    return [attempt for attempt in _json(row.history, list) if isinstance(attempt, dict)]
 
 
 def _retry(row: TaskRow) -> dict[str, float] | None:
     """Return the task's own retry options by App Engine's names, spans in seconds; None if the queue's apply."""
-    raw: dict[str, float] = _json(row.retry)
+    options: dict[str, Any] = _json(row.retry, dict)
+    raw = {key: value for key, value in options.items() if isinstance(value, int | float)}
     if not raw:
         return None
     names = {"retry_limit": "task_retry_limit", "age_limit": "task_age_limit"}
@@ -188,5 +198,11 @@ def _retry(row: TaskRow) -> dict[str, float] | None:
     return {names.get(key, key): value / 1e6 if key in spans else value for key, value in raw.items()}
 
 
-def _json(text: str) -> Any:
-    return json.loads(text) if text else []
+def _json(text: str, kind: Callable[[], J]) -> J:
+    """Return the JSON that a row holds; empty where it is another's than deferlib's."""
+    try:
+        value = json.loads(text) if text else kind()
+    except (ValueError, RecursionError):
+        return kind()
+    empty = kind()
+    return value if isinstance(value, type(empty)) else empty

@@ -32,17 +32,20 @@ example:
 """
 _SHOW = """\
 NAME is the name that the task was given or, if it has none, its id. JSON:
-name, id, queue, state, reason, call (what a deferred call runs), method, url,
-target, namespace, tag, headers (their names), payload_bytes, created, eta,
-due, next_run, lease_until, first_try, died, expires (times in ISO 8601, UTC),
-attempts, executions (what the target answered), failures (what is charged
-against the limits), lost (with their engine), fence, key (that signed it),
-deadline_seconds, retry (the task's own options), queue_paused, engine
-(whether one serves the store), history (the last attempts: attempt, at,
-seconds, status, error).
+name, id, queue, state, reason, call (what a deferred call runs), verified
+(whether one of the keys here signed it for this task; null: not a deferred
+call), method, url, target, namespace, tag, headers (their names),
+payload_bytes, created, eta, due, next_run, lease_until, first_try, died,
+expires (times in ISO 8601, UTC), attempts, executions (what the target
+answered), failures (what is charged against the limits), lost (with their
+engine), fence, key (that signed it), deadline_seconds, retry (the task's own
+options), queue_paused, engine (whether one serves the store), history (the
+last attempts: attempt, at, seconds, status, error).
 
-A call is shown with its arguments where its key is at hand; nothing of it is
-run, and objects of your own classes are shown by their class only.
+A call is shown with its arguments; nothing of it is run, and objects of your
+own classes are shown by their class only. Values whose names say that they
+are secrets are masked. A call that none of the keys here signed for this task
+is marked "# not verified", with the reason.
 
 example:
   deferlib tasks show welcome-4711
