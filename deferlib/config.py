@@ -12,14 +12,14 @@ from typing import Any
 from deferlib import keys, queue_fields, queue_rows, queue_yaml
 from deferlib.clock import Clock
 from deferlib.context import SYSTEM_CLOCK
-from deferlib.core.model import QueueConfig, QueueSource
+from deferlib.core.model import QueueConfig, QueueSource, TaskState
 from deferlib.errors import ConfigError, InvalidQueueError, KeyringError
 from deferlib.limits import Limits
 from deferlib.queue_fields import Place
 from deferlib.queue_rows import Applied
 from deferlib.queue_yaml import QueueFile
 from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, working_directory
-from deferlib.store import Store
+from deferlib.store import Store, Tx
 from deferlib.targets import Targets
 
 log = logging.getLogger("deferlib.queues")
@@ -91,8 +91,9 @@ class Runtime:
 
     @property
     def ring(self) -> keys.Keyring:
-        """The signing keys."""
+        """The signing keys; those of a file follow it."""
         if self._ring is None:
+            self._refuse_new_key()
             with self._lock:
                 if self._ring is None:
                     self._ring = self._keys()
@@ -211,6 +212,23 @@ class Runtime:
             raise
         return store
 
+    def _refuse_new_key(self) -> None:
+        """Raise `KeyringError` if the key file is gone with whose key tasks in the store were signed.
+
+        A new one would be taken up by every process that runs, and none of them could run those tasks any more.
+        """
+        file, path = self.key_file(), self.store_path
+        if file is None or os.path.exists(file) or path is None or not os.path.exists(path):
+            return
+        with self.store.read() as tx:
+            signed = any(_signed(tx, state) for state in TaskState)
+        if signed:
+            raise KeyringError(
+                f"{file} is gone, and tasks in the store were signed with its key: bring it back, or set DEFERLIB_KEY. If it "
+                f"is lost for good, `(umask 077; deferlib keys new > {file})` makes another one; those tasks then become dead "
+                "letters"
+            )
+
     def _keys(self) -> keys.Keyring:
         setting = self.settings.all["key"]
         if setting.value is not None:
@@ -224,9 +242,18 @@ class Runtime:
         if self.given_store is not None or self.settings["store"] == MEMORY_STORE:
             return keys.parse(keys.generate())
         raise KeyringError(
-            "a store on PostgreSQL needs DEFERLIB_KEY, the same for every process; "
-            "`python -c 'import secrets; print(secrets.token_urlsafe(32))'` makes one"
+            "a store on PostgreSQL needs DEFERLIB_KEY, the same for every process; `deferlib keys new` makes one"
         )
+
+
+def _signed(tx: Tx, state: TaskState) -> bool:
+    """Tell whether any task of *state* was signed."""
+    last: int | None = -1
+    while last is not None:
+        counts, last = tx.signed(last, 1_000, state)
+        if counts:
+            return True
+    return False
 
 
 _runtime: Runtime | None = None

@@ -1,7 +1,8 @@
-"""Signing keys: a ring of secrets, of which the first signs and all verify.
+"""Signing keys: a ring of secrets, of which the first signs and all verify, and the file that it may be kept in.
 
 Each secret yields one key a purpose (HKDF-SHA-256, RFC 5869), so that what is signed for one purpose is never valid for
-another, and a public id, which tells the keys apart without telling anything about them.
+another, and a public id, which tells the keys apart without telling anything about them. The ring of a file follows the
+file: whoever holds it signs with its first key within a second of a change.
 """
 
 from __future__ import annotations
@@ -9,15 +10,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import logging
+import math
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import NamedTuple
 
 from deferlib.errors import KeyringError
 
+log = logging.getLogger("deferlib.keys")
+
 MIN_BYTES = 16
-_REMEDY = "`python -c 'import secrets; print(secrets.token_urlsafe(32))'` makes a good one"
+LOOK_EVERY = 1.0  # seconds between two looks at a key file; a task signed by its former first key is no older than that
+_MOST_LOOKS = 100  # in that time, because of keys that aren't known: whoever sends a token may name any
+_MOST_BYTES = 64 * 1024  # of a key file
+_REMEDY = "`deferlib keys new` makes a good one"
+
+Stamp = tuple[int, int, int]  # what tells a file from what it was: its time of change, its inode, its size
+News = Callable[[Stamp | None], "tuple[Stamp, list[bytes]] | None"]  # given the stamp of what is held: what it is now
 
 
 class Key:
@@ -34,46 +47,108 @@ class Key:
         return f"<Key {self.id.hex()}>"
 
 
+class _Held(NamedTuple):
+    """A ring as it was read: swapped as one, so that threads need no lock."""
+
+    signing: Key
+    keys: dict[bytes, Key]
+    stamp: Stamp | None
+
+
 class Keyring:
-    """The keys a process knows."""
+    """The keys a process knows. One of a file looks at it once a second, and at once for a key that it doesn't know."""
 
-    __slots__ = ("_keys", "signing")
+    __slots__ = ("_held", "_look_at", "_looks", "_news")
 
-    def __init__(self, ring: Sequence[bytes]) -> None:
-        """Derive the keys of the secrets in *ring*; `KeyringError` if there is none, or one is shorter than 16 bytes."""
-        if not ring:
-            raise KeyringError(f"there is no signing key; {_REMEDY}")
-        for number, secret in enumerate(ring, 1):
-            if len(secret) < MIN_BYTES:
-                raise KeyringError(
-                    f"signing key {number} has {len(secret)} bytes, at least {MIN_BYTES} are needed; {_REMEDY}"
-                )
-        keys = [Key(secret) for secret in ring]
-        self.signing = keys[0]
-        self._keys = {key.id: key for key in keys}
+    def __init__(self, ring: Sequence[bytes], news: News | None = None, stamp: Stamp | None = None) -> None:
+        """Derive the keys of the secrets in *ring*; `KeyringError` if there is none, or one is shorter than 16 bytes.
+
+        *news* is asked what the ring is now; *stamp* is that of *ring*.
+        """
+        self._held = _held(ring, stamp)
+        self._news = news
+        self._look_at = math.inf if news is None else monotonic() + LOOK_EVERY
+        self._looks = 0
+
+    @property
+    def signing(self) -> Key:
+        """The key that signs."""
+        if monotonic() >= self._look_at:  # 0.1 µs, as long as there is nothing to look at
+            self._look()
+        return self._held.signing
 
     def get(self, id: bytes) -> Key | None:
         """Return the key of this id, if the process has it."""
-        return self._keys.get(id)
+        if monotonic() >= self._look_at:
+            self._look()
+        key = self._held.keys.get(id)
+        if key is None and self._news is not None and self._looks < _MOST_LOOKS:
+            self._looks += 1
+            self._read()
+            key = self._held.keys.get(id)
+        return key
 
     def ids(self) -> list[bytes]:
         """Return the ids of all keys, the signing one first."""
-        return list(self._keys)
+        if monotonic() >= self._look_at:
+            self._look()
+        return list(self._held.keys)
+
+    def _look(self) -> None:
+        self._look_at, self._looks = monotonic() + LOOK_EVERY, 0
+        self._read()
+
+    def _read(self) -> None:
+        """Take what the file holds now. Threads may do so at once: what one of them takes too late is read again."""
+        assert self._news is not None
+        news = self._news(self._held.stamp)
+        if news is not None:
+            stamp, ring = news
+            self._held = _held(ring, stamp)
 
     def __repr__(self) -> str:
-        return f"<Keyring {', '.join(id.hex() for id in self._keys)}>"
+        return f"<Keyring {', '.join(id.hex() for id in self._held.keys)}>"
+
+
+def _held(ring: Sequence[bytes], stamp: Stamp | None) -> _Held:
+    check(ring)
+    keys: dict[bytes, Key] = {}
+    for secret in ring:
+        key = Key(secret)
+        keys.setdefault(key.id, key)  # one that stands there twice counts once, at its first place
+    return _Held(next(iter(keys.values())), keys, stamp)
+
+
+def check(ring: Sequence[bytes]) -> None:
+    """Raise `KeyringError` if *ring* is empty, or one of its secrets is shorter than 16 bytes."""
+    if not ring:
+        raise KeyringError(f"there is no signing key; {_REMEDY}")
+    for number, secret in enumerate(ring, 1):
+        if len(secret) < MIN_BYTES:
+            raise KeyringError(f"signing key {number} has {len(secret)} bytes, at least {MIN_BYTES} are needed; {_REMEDY}")
 
 
 def parse(text: str) -> Keyring:
-    """Return the ring of comma- or line-separated *text*.
+    """Return the ring of *text*; `KeyringError` as `Keyring` says."""
+    return Keyring(split(text))
+
+
+def split(text: str) -> list[bytes]:
+    """Return the secrets in comma- or line-separated *text*, without the comments: lines that begin with `# `.
 
     Bytes that aren't UTF-8, in a file or the environment, count as they are: Python carries them as surrogates.
     """
-    parts = (part.strip() for line in text.splitlines() for part in line.split(","))
+    lines = (line for line in text.splitlines() if not is_comment(line))
+    parts = (part.strip() for line in lines for part in line.split(","))
     try:
-        return Keyring([part.encode("utf-8", "surrogateescape") for part in parts if part])
+        return [part.encode("utf-8", "surrogateescape") for part in parts if part]
     except UnicodeEncodeError:  # its text would show the key
         raise KeyringError(f"a signing key has characters that no encoding has; {_REMEDY}") from None
+
+
+def is_comment(line: str) -> bool:
+    """Tell whether a line between keys is none itself."""
+    return line.startswith("# ") or line.rstrip() == "#"
 
 
 def generate() -> str:
@@ -81,25 +156,109 @@ def generate() -> str:
     return secrets.token_urlsafe(32)
 
 
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
 def from_file(path: str) -> Keyring:
-    """Return the ring of the file at *path*, made with one random key if it isn't there; its mode must be 0600."""
+    """Return the ring of the file at *path*, made with one random key if it isn't there; its mode must be 0600.
+
+    The ring follows the file. While that is gone, or wrong, the ring stays what it was, and an error is logged.
+    """
     try:
         if not os.path.exists(path):
             _make(path)
     except OSError as error:
         raise KeyringError(f"{path}: a signing key can't be written: {error.strerror}; set DEFERLIB_KEY") from error
+    stamp, text = read(path)
+    return Keyring(ring_of(path, text), _Follower(path), stamp)
+
+
+class _Follower:
+    """Tells what a key file has become, and logs what is wrong with it, once."""
+
+    __slots__ = ("_path", "_told")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._told = ""
+
+    def __call__(self, held: Stamp | None) -> tuple[Stamp, list[bytes]] | None:
+        """Return the file's stamp and secrets, None if they are the *held* ones, or can't be used."""
+        try:
+            if stamp_of(os.stat(self._path)) == held and not self._told:  # 1 µs
+                return None
+            stamp, text = read(self._path)
+            ring = ring_of(self._path, text)
+        except (OSError, KeyringError) as error:
+            self._tell(error)
+            return None
+        self._told = ""
+        if stamp == held:
+            return None
+        ids = [Key(secret).id.hex() for secret in ring]
+        log.info(
+            "%s was changed: key %s signs now, and verifies%s", self._path, ids[0], "".join(f", {id}" for id in ids[1:])
+        )
+        return stamp, ring
+
+    def _tell(self, error: Exception) -> None:
+        gone = isinstance(error, FileNotFoundError)
+        text = f"{self._path} is gone; bring it back" if gone else str(error)
+        if text != self._told:
+            self._told = text
+            log.error("the signing keys stay what they were when they were read last, until this process ends: %s", text)
+
+
+def read(path: str) -> tuple[Stamp, str]:
+    """Return the stamp and the text of a key file; `KeyringError` says why it can't be used, and what to do."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        with open(path, "rb", opener=_open) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise KeyringError(f"{path}: the signing keys can't be read: it is no file; move it away")
+            mode = stat.S_IMODE(found.st_mode)
             if mode & 0o077:
                 raise KeyringError(f"{path}: others can read the signing keys (mode {mode:04o}); run `chmod 600 {path}`")
-            text = file.read()
+            data = file.read(_MOST_BYTES + 1)
+    except IsADirectoryError as error:
+        raise KeyringError(f"{path}: the signing keys can't be read: it is a folder; move it away") from error
+    except FileNotFoundError as error:
+        raise KeyringError(f"{path}: the signing keys can't be read: {error.strerror}; bring it back") from error
+    except PermissionError as error:
+        raise KeyringError(f"{path}: the signing keys can't be read: {error.strerror}; {_owner(path)}") from error
     except OSError as error:
         raise KeyringError(f"{path}: the signing keys can't be read: {error.strerror}") from error
+    if len(data) > _MOST_BYTES:
+        raise KeyringError(f"{path}: it has more than {_MOST_BYTES} bytes, so it is no key file; put the key file there")
+    return stamp_of(found), data.decode("utf-8", "surrogateescape")
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in its place has nobody who writes into it
+
+
+def _owner(path: str) -> str:
+    """Return whose the file is, if that can be said, and so who can read it."""
+    import pwd  # only here: every process imports this module
+
+    with contextlib.suppress(OSError, KeyError):
+        return f"it belongs to {pwd.getpwuid(os.stat(path).st_uid).pw_name}: run this process as the same user"
+    return "run this process as the user that it belongs to"
+
+
+def ring_of(path: str, text: str) -> list[bytes]:
+    """Return the secrets in the *text* of the file at *path*; `KeyringError` if they make no ring."""
     try:
-        return parse(text)
+        ring = split(text)
+        check(ring)
     except KeyringError as error:
         raise KeyringError(f"{path}: {error}") from None
+    return ring
+
+
+def stamp_of(found: os.stat_result) -> Stamp:
+    """Return what tells the file from what it was before it was changed, or replaced."""
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _make(path: str) -> None:
@@ -118,10 +277,10 @@ def _make(path: str) -> None:
             os.link(draft, path)
     finally:
         os.unlink(draft)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     """Make the new file's name survive a power cut: without its key no task that it signed could ever run."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -24,7 +24,9 @@ from deferlib.core.model import (
     QueueRow,
     QueueSource,
     QueueStats,
+    Signed,
     TaskRow,
+    TaskState,
 )
 
 T = TypeVar("T")
@@ -116,6 +118,9 @@ class Tx(Protocol):
 
     def tasks(self, queue: str, page: Page) -> list[TaskRow]:
         """Return a page of a queue's live tasks (the next to run first) or dead letters."""
+
+    def signed(self, after: int, limit: int, state: TaskState) -> Signed:
+        """Count by their keys the live tasks, or the dead letters, among the next *limit* rows whose ids follow *after*."""
 
     def stats(self, now: Micros, queues: Sequence[str]) -> list[QueueStats]:
         """Return the counts of *queues*."""

@@ -5,9 +5,9 @@ Safe to check and then write, statement by statement: SQLite has one writer, and
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import apsw
 
@@ -27,12 +27,15 @@ from deferlib.core.model import (
     QueueRow,
     QueueSource,
     QueueStats,
+    Signed,
     TaskRow,
     TaskState,
 )
 from deferlib.errors import StoreError
 from deferlib.store import names_and_ids, queries
 from deferlib.store.sqlite_file import translation
+
+T = TypeVar("T")
 
 SQL = queries.load("sqlite")
 _KEEP_MINUTES = 24 * 60
@@ -69,6 +72,31 @@ class SqliteTx:
         """End the verbs; return what carried them, for a forked child that mustn't touch it but keep it."""
         cursor, self._cursor = self._cursor, _ENDED
         return cursor
+
+    def attempt(self, work: Callable[[SqliteTx], T]) -> T:
+        """Return what *work* makes of this transaction; what it raises comes through, and nothing of it stays.
+
+        If an error has undone the whole transaction (a full disk does), this one is over, too: see `failure`.
+        """
+        connection = self._connection
+        connection.execute("savepoint work")
+        part = SqliteTx(connection, self._path)
+        try:
+            result = work(part)
+            if part.failure is not None:
+                raise StoreError(f"{self._path}: rolled back, because of: {part.failure}") from part.failure
+            connection.execute("release work")
+        except BaseException as error:
+            if not connection.in_transaction:
+                self.failure = error
+                self.close()
+                raise
+            connection.execute("rollback to work")
+            connection.execute("release work")
+            raise
+        finally:
+            part.close()
+        return result
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
@@ -255,6 +283,13 @@ class SqliteTx:
     def _task(self, query: str, id: int) -> TaskRow:
         [row] = self._rows(query, {"id": id})
         return TaskRow(**dict(zip(_TASK_COLUMNS, row, strict=True)))
+
+    def signed(self, after: int, limit: int, state: TaskState) -> Signed:
+        query = "signed_dead" if state is TaskState.DEAD else "signed_live"
+        rows = self._rows(query, {"after": after, "limit": limit})
+        counts = {key_id: tasks for key_id, tasks, _, _ in rows if key_id and tasks}
+        full = sum(looked for _, _, looked, _ in rows) == limit
+        return Signed(counts, max(last for _, _, _, last in rows) if full else None)
 
     def stats(self, now: Micros, queues: Sequence[str]) -> list[QueueStats]:
         return [self._stats(now, queue) for queue in queues]

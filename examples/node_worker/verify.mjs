@@ -87,7 +87,8 @@ function readKeyFile(path) {
 
 /** Split a list of keys, text or bytes, into the bytes of each. As Latin-1 every byte stays what it is. */
 function split(list) {
-  const parts = Buffer.from(list).toString("latin1").split(/[,\r\n]/);
+  const lines = Buffer.from(list).toString("latin1").split(/[\r\n]/); // those that begin with "# " are comments
+  const parts = lines.filter((line) => !line.startsWith("# ")).flatMap((line) => line.split(","));
   return parts.map((part) => Buffer.from(part.replace(/^[ \t]+|[ \t]+$/g, ""), "latin1")).filter((part) => part.length);
 }
 

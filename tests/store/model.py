@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,9 @@ from deferlib.core.model import (
     NewTask,
     Outcome,
     QueueConfig,
+    Signed,
     TaskRow,
+    TaskState,
 )
 
 
@@ -180,6 +183,12 @@ class Model:
 
     def letters(self, queue: str) -> list[Entry]:
         return sorted((each for each in self.dead.values() if each.task.queue == queue), key=lambda each: each.task.id)
+
+    def signed(self, after: int, limit: int, state: TaskState) -> Signed:
+        rows = self.dead if state is TaskState.DEAD else self.tasks
+        slice = [rows[id] for id in sorted(rows) if id > after][:limit]
+        keys = [entry.task.key_id for entry in slice if entry.expires is None and entry.task.key_id]
+        return Signed(Counter(keys), slice[-1].task.id if len(slice) == limit else None)
 
     def find(self, queue: str, name: str) -> list[Entry]:
         """Return what *name* stands for: a user's name first, then an id."""

@@ -65,6 +65,7 @@ def task(
     tag: str = "",
     mode: str | None = None,
     fail_fast: int = 0,
+    key_id: bytes = b"key1",
 ) -> NewTask:
     """Return a task to add; unless given, its nonce follows from its id."""
     return NewTask(
@@ -84,7 +85,7 @@ def task(
         retry='{"retry_limit":3}',
         deadline=600 * SECOND,
         fail_fast=fail_fast,
-        key_id=b"key1",
+        key_id=key_id,
         body=body,
     )
 

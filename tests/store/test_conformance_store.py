@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from deferlib import keys, payload
 from deferlib.core.model import DAY, MINUTE, SECOND, Action, Mode, Page, QueueConfig, QueueRow, QueueSource, TaskState
 from deferlib.errors import StoreError
 from deferlib.store import Store, Tx
@@ -19,6 +20,7 @@ from tests.store.stores import (
     claim,
     dead,
     find,
+    finish,
     ids,
     live,
     outcome,
@@ -370,6 +372,54 @@ def test_stats_of_queues_in_the_order_asked(store: Store) -> None:
     assert [(each.queue, each.tasks, each.oldest_due) for each in found] == [
         *(("other", 1, NOW), ("nowhere", 0, None), ("default", 1, NOW + 5))
     ]
+
+
+def test_signed_counts_live_tasks_and_dead_letters_by_their_keys(store: Store) -> None:
+    one, two = b"key-one-", b"key-two-"
+    add(
+        store,
+        task(1, key_id=one, eta=NOW + 1),
+        task(2, key_id=two),
+        task(3, key_id=two, queue="other"),
+        task(4, key_id=b""),
+    )
+    add(store, task(5, key_id=one, name="gone"), task(6, key_id=one, queue="pull"))
+    store.run(lambda tx: tx.delete(NOW, "default", ["gone"]))
+    finish(store, Action.DEAD)
+
+    with store.read() as tx:
+        tasks, letters = tx.signed(-1, 10, TaskState.LIVE), tx.signed(-1, 10, TaskState.DEAD)
+
+    assert tasks == ({one: 2, two: 1}, None)
+    assert letters == ({two: 1}, None)
+
+
+def test_signed_takes_the_key_of_a_payload_that_was_made_by_hand_from_its_envelope(store: Store) -> None:
+    by_hand = payload.seal(payload.dump_call(len, ("x",), {}), keys.parse("0123456789abcdef").signing, None)
+    add(store, task(1, key_id=b"", body=by_hand), task(2, key_id=b"", body=b"no envelope"), task(3, key_id=b"", body=b""))
+
+    with store.read() as tx:
+        before = tx.signed(-1, 10, TaskState.LIVE)
+    finish(store, Action.DEAD)
+    with store.read() as tx:
+        after = tx.signed(-1, 10, TaskState.DEAD)
+
+    assert before == after == ({bytes.fromhex("5f6db7f73725ced6"): 1}, None)
+
+
+def test_signed_goes_through_all_in_slices_of_ids_whatever_lies_between(store: Store) -> None:
+    key = b"key-one-"
+    add(store, *(task(id, key_id=key, name=f"n{id}") for id in (0, 3, 4, 8, 9, 2**63 - 1)))
+    store.run(lambda tx: tx.delete(NOW, "default", ["n3", "n4"]))
+
+    with store.read() as tx:
+        first = tx.signed(-1, 2, TaskState.LIVE)
+        second = tx.signed(3, 2, TaskState.LIVE)
+        third = tx.signed(8, 2, TaskState.LIVE)
+        end = tx.signed(2**63 - 1, 2, TaskState.LIVE)
+
+    assert (first, second, third) == (({key: 1}, 3), ({key: 1}, 8), ({key: 2}, 2**63 - 1))
+    assert end == ({}, None)
 
 
 # --- transactions ---------------------------------------------------------------------------------------------------

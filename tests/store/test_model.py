@@ -117,6 +117,7 @@ class StoreMachine(RuleBasedStateMachine):
             tag=rng.choice(["", "t"]),
             mode=rng.choice(["push"] * 12 + ["pull"]),
             fail_fast=rng.choice([0, 0, 1]),
+            key_id=rng.choice([b"", b"key1", b"key2"]),
         )
 
     def _turn(self, rng: Random) -> None:
@@ -209,6 +210,8 @@ class StoreMachine(RuleBasedStateMachine):
             stats = tx.stats(self.now, queues)
             due = tx.next_due(queues)
             fast_due = tx.next_due(queues, fail_fast=True)
+            slices = [(state, after, 1 + self.case % 5) for state in TaskState for after in (-1, 6)]
+            signed = [tx.signed(after, limit, state) for state, after, limit in slices]
             tats = {row.name: row.tat for row in tx.queues()}
             some = FOR_PEOPLE[self.case % 4 :: 4]
             found = {queue: [[_whole(row) for row in tx.find(queue, [name])] for name in some] for queue in queues}
@@ -223,6 +226,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert fast_due == {queue: entries[0].due for queue in queues if (entries := model.fast(queue))}
         assert [each.oldest_due for each in stats] == [due.get(queue) for queue in queues]
         assert tats == model.tat
+        assert signed == [model.signed(after, limit, state) for state, after, limit in slices]
         shown = {queue: [[_whole(entry) for entry in model.shown(queue, name)] for name in some] for queue in queues}
         assert found == shown
 

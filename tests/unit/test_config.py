@@ -342,6 +342,31 @@ def test_key_file_is_found_through_a_symbolic_link(project: Path) -> None:
     assert first.ring.ids() == second.ring.ids()
 
 
+def test_key_that_tasks_were_signed_with_is_never_replaced_by_a_new_one(project: Path) -> None:
+    deferlib.defer(print, "signed")
+    path = project / ".deferlib" / "tasks.db.key"
+    secret = path.read_text()
+    path.unlink()
+
+    for _ in range(2):
+        runtime = config.Runtime(settings=config.load_settings())
+        with pytest.raises(KeyringError, match=r"is gone, and tasks in the store were signed.*deferlib keys new > "):
+            _ = runtime.ring
+        assert not path.exists()
+        runtime.close()
+
+    path.write_text(secret)
+    path.chmod(0o600)
+    runtime = config.Runtime(settings=config.load_settings())
+    assert runtime.ring.ids() == keys.parse(secret).ids()
+    runtime.store.run(lambda tx: tx.purge(0, "default", 10))
+    path.unlink()
+    again = config.Runtime(settings=config.load_settings())
+    assert again.ring.ids() != keys.parse(secret).ids(), "of an empty store nothing is lost"
+    again.close()
+    runtime.close()
+
+
 def test_group_readable_key_file_is_refused(project: Path) -> None:
     runtime = Runtime(settings=load_settings({}, {}))
     path = project / ".deferlib" / "tasks.db.key"
@@ -374,7 +399,7 @@ def test_key_setting_wins_over_the_file_and_makes_none(project: Path) -> None:
 def test_postgresql_needs_a_key_and_says_how() -> None:
     runtime = Runtime(settings=load_settings({"store": f"postgresql://u:{PASSWORD}@h/db"}, {}))
 
-    with pytest.raises(KeyringError, match=r"needs DEFERLIB_KEY.*token_urlsafe") as caught:
+    with pytest.raises(KeyringError, match=r"needs DEFERLIB_KEY.*`deferlib keys new`") as caught:
         _ = runtime.ring
 
     assert PASSWORD not in str(caught.value)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deferlib import keys
 from deferlib.errors import ConfigError, KeyringError
@@ -35,6 +41,11 @@ def test_derivation_is_hkdf_with_info_as_written_down_in_the_rfc(length: int) ->
     expanded = hmac.new(extracted, info + b"\x01", hashlib.sha256).digest()
 
     assert keys._derive(secret, info, length) == expanded[:length]
+
+
+@given(st.binary(min_size=16, max_size=200), st.binary(max_size=50), st.integers(1, 32))
+def test_derivation_is_that_of_the_cryptography_library(secret: bytes, info: bytes, length: int) -> None:
+    assert keys._derive(secret, info, length) == HKDF(SHA256(), length, None, info).derive(secret)
 
 
 def test_each_purpose_has_a_key_of_its_own() -> None:
@@ -82,9 +93,27 @@ def test_keys_are_separated_by_commas_or_lines(text: str) -> None:
     assert keys.parse(text).ids() == keys.parse(f"{FIRST},{SECOND}").ids()
 
 
+def test_key_that_stands_there_twice_counts_once_at_its_first_place() -> None:
+    ring = keys.parse(f"{FIRST},{SECOND},{FIRST}")
+
+    assert ring.ids() == keys.parse(f"{FIRST},{SECOND}").ids()
+    assert ring.signing.id == keys.parse(FIRST).signing.id
+
+
+def test_comments_are_lines_that_begin_with_a_number_sign_and_a_space() -> None:
+    text = f"# for the shop, and its mail\n{FIRST}\n#\n#{SECOND}\n# {SECOND}\n"
+
+    assert keys.parse(text).ids() == keys.parse(f"{FIRST},#{SECOND}").ids()
+
+
+def test_comments_alone_are_no_ring() -> None:
+    with pytest.raises(KeyringError, match="there is no signing key"):
+        keys.parse("# nothing here\n")
+
+
 @pytest.mark.parametrize("text", ["", " ", ",", "\n\n", ", ,"])
 def test_empty_ring_is_refused_with_the_remedy(text: str) -> None:
-    with pytest.raises(KeyringError, match=r"no signing key.*token_urlsafe"):
+    with pytest.raises(KeyringError, match=r"no signing key.*`deferlib keys new`"):
         keys.parse(text)
 
 
@@ -221,8 +250,52 @@ def test_file_that_is_no_utf_8_is_read_as_bytes(tmp_path: Path) -> None:
 
 
 def test_folder_in_its_place_is_a_keyring_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyringError, match="can't be read"):
+    with pytest.raises(KeyringError, match="can't be read: it is a folder; move it away"):
         keys.from_file(str(tmp_path))
+
+
+def test_pipe_in_its_place_is_a_keyring_error_and_nobody_waits_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key", 0o600)
+
+    with pytest.raises(KeyringError, match="can't be read: it is no file; move it away"):
+        keys.from_file(str(tmp_path / "key"))
+
+
+def test_link_that_leads_nowhere_is_a_keyring_error_and_makes_no_key(tmp_path: Path) -> None:
+    (tmp_path / "key").symlink_to(tmp_path / "unmounted")
+
+    with pytest.raises(KeyringError, match="can't be read: No such file or directory; bring it back"):
+        keys.from_file(str(tmp_path / "key"))
+
+    assert os.listdir(tmp_path) == ["key"]
+
+
+def test_large_file_is_no_key_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(b"x" * 70_000)
+    path.chmod(0o600)
+
+    with pytest.raises(KeyringError, match="more than 65536 bytes, so it is no key file"):
+        keys.from_file(str(path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_file_of_another_user_is_refused_with_whose_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text(FIRST)
+    path.chmod(0o600)
+    tmp_path.chmod(0o755)
+    code = (
+        "import os, sys; from deferlib import keys\n"
+        "os.chdir(os.path.dirname(sys.argv[1])); os.setuid(65534)\n"
+        "try: keys.from_file('key')\nexcept keys.KeyringError as error: print(error)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, check=True)
+
+    assert done.stdout == (
+        "key: the signing keys can't be read: Permission denied; it belongs to root: run this process as the same user\n"
+    )
 
 
 def test_place_that_can_t_be_written_is_a_keyring_error(tmp_path: Path) -> None:
@@ -272,3 +345,240 @@ def test_made_by_another_process_between_look_and_link_is_taken(tmp_path: Path, 
 
     assert keys.from_file(str(path)).ids() == keys.parse(SECOND).ids()
     assert os.listdir(tmp_path) == ["key"]
+
+
+# --- a file that changes ----------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A key file in use: its ring, a clock for when it is looked at, and what was logged."""
+
+    def __init__(self, path: Path, log: pytest.LogCaptureFixture) -> None:
+        self.path = path
+        self.now = 100.0
+        self._log = log
+        self.write(FIRST)
+
+    def write(self, *lines: str) -> None:
+        """Replace the file, as `keys rotate` does."""
+        draft = self.path.with_suffix(".draft")
+        draft.write_text("\n".join(lines))
+        draft.chmod(0o600)
+        draft.replace(self.path)
+
+    def wait(self) -> None:
+        """Let the time between two looks pass."""
+        self.now += keys.LOOK_EVERY
+
+    @property
+    def errors(self) -> list[str]:
+        return [record.getMessage() for record in self._log.records if record.levelno == logging.ERROR]
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Watched:
+    caplog.set_level(logging.INFO, "deferlib.keys")
+    file = Watched(tmp_path / "key", caplog)
+    monkeypatch.setattr(keys, "monotonic", lambda: file.now)
+    return file
+
+
+ONE, TWO = keys.parse(FIRST).signing.id, keys.parse(SECOND).signing.id
+
+
+def test_changed_file_is_taken_within_a_second(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(SECOND, FIRST)
+    at_once = ring.signing.id
+    watched.wait()
+
+    assert (at_once, ring.signing.id) == (ONE, TWO)
+    assert ring.ids() == [TWO, ONE]
+    assert caplog.messages == [f"{watched.path} was changed: key {TWO.hex()} signs now, and verifies, {ONE.hex()}"]
+
+
+@pytest.mark.parametrize("use", ["signing", "get", "ids"])
+def test_every_use_of_the_ring_looks_at_the_file(watched: Watched, use: str) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(SECOND)
+    watched.wait()
+
+    match use:
+        case "signing":
+            assert ring.signing.id == TWO
+        case "get":
+            assert ring.get(ONE) is None, "it was retired"
+        case "ids":
+            assert ring.ids() == [TWO]
+
+
+def test_unknown_key_is_looked_for_at_once(watched: Watched) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(FIRST, SECOND)
+
+    found = ring.get(TWO)
+
+    assert found is not None
+    assert found.id == TWO
+
+
+def test_unknown_keys_cost_a_limited_number_of_looks(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = keys.from_file(str(watched.path))
+    looks: list[str] = []
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path: looks.append(path) or real(path))
+
+    for number in range(10_000):
+        assert ring.get(b"%8d" % number) is None
+    many = len(looks)
+    watched.write(FIRST, SECOND)
+    too_many = ring.get(TWO)
+    watched.wait()
+
+    assert many == 100
+    assert too_many is None
+    assert ring.get(TWO) is not None
+
+
+def test_file_is_not_looked_at_in_between(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.wait()
+    assert ring.signing.id == ONE
+    monkeypatch.setattr(os, "stat", lambda path: pytest.fail("too often"))
+
+    for _ in range(10):
+        assert ring.signing.id == ONE
+        assert ring.get(ONE) is not None
+
+
+def test_unchanged_file_is_not_read_again(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = keys.from_file(str(watched.path))
+    monkeypatch.setattr(keys, "read", lambda path: pytest.fail("read again"))
+    watched.wait()
+
+    assert ring.signing.id == ONE
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "there is no signing key; `deferlib keys new` makes a good one"),
+        ("short", "signing key 1 has 5 bytes, at least 16 are needed"),
+        ("# only a comment", "there is no signing key"),
+    ],
+)
+def test_changed_file_that_is_wrong_keeps_the_ring_and_is_told_once(watched: Watched, content: str, said: str) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(content)
+    for _ in range(3):
+        watched.wait()
+        assert ring.signing.id == ONE
+    watched.write(SECOND)
+    watched.wait()
+
+    assert ring.signing.id == TWO
+    [error] = watched.errors
+    assert error.startswith("the signing keys stay what they were when they were read last, until this process ends: ")
+    assert f"{watched.path}: {said}" in error
+
+
+def test_file_that_vanishes_keeps_the_ring_and_is_told_once(watched: Watched) -> None:
+    ring = keys.from_file(str(watched.path))
+    kept = watched.path.rename(watched.path.with_suffix(".kept"))
+    for _ in range(3):
+        watched.wait()
+        assert (ring.signing.id, ring.get(TWO)) == (ONE, None)
+    kept.rename(watched.path)
+    watched.wait()
+
+    assert ring.signing.id == ONE
+    [error] = watched.errors
+    assert error.endswith(f"{watched.path} is gone; bring it back")
+    assert not kept.exists()
+
+
+def test_file_that_others_can_read_is_not_taken_until_it_is_mended(watched: Watched) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(SECOND)
+    watched.path.chmod(0o644)
+    watched.wait()
+    open_to_all = ring.signing.id
+    watched.path.chmod(0o600)  # changes neither its time, nor its inode, nor its size
+    watched.wait()
+
+    assert (open_to_all, ring.signing.id) == (ONE, TWO)
+    [error] = watched.errors
+    assert error.endswith(f"run `chmod 600 {watched.path}`")
+
+
+def test_file_that_came_back_and_vanishes_again_is_told_again(watched: Watched) -> None:
+    ring = keys.from_file(str(watched.path))
+    away = watched.path.with_suffix(".away")
+    for _ in range(2):
+        watched.path.rename(away)
+        watched.wait()
+        assert ring.signing.id == ONE
+        away.rename(watched.path)
+        watched.wait()
+        assert ring.signing.id == ONE
+
+    assert len(watched.errors) == 2
+
+
+def test_mistake_that_comes_again_is_told_again(watched: Watched) -> None:
+    ring = keys.from_file(str(watched.path))
+    for content in ("", FIRST, ""):
+        watched.write(content)
+        watched.wait()
+        assert ring.signing.id == ONE
+
+    assert len(watched.errors) == 2
+
+
+def test_nothing_of_a_secret_is_logged(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    ring = keys.from_file(str(watched.path))
+    for content in (SECOND, "fifteen-bytes-x", "hidden-0123456789\n# hidden"):
+        watched.write(content)
+        watched.wait()
+        assert ring.ids()
+
+    assert len(caplog.messages) == 3
+    for secret in ("first-key", "second-key", "fifteen", "hidden"):
+        assert secret not in caplog.text
+
+
+def test_ring_of_a_setting_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = keys.parse(FIRST)
+    monkeypatch.setattr(keys, "monotonic", lambda: 1e12)
+    monkeypatch.setattr(os, "stat", lambda path: pytest.fail("there is no file"))
+
+    assert ring.signing.id == ONE
+    assert ring.get(TWO) is None
+
+
+def test_threads_always_find_a_whole_ring_while_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file always holds both keys, so that each must always be found, and one of them signs."""
+    file = Watched(tmp_path / "key", None)  # type: ignore[arg-type]  # nothing is logged
+    file.write(FIRST, SECOND)
+    monkeypatch.setattr(keys, "LOOK_EVERY", 0.0)
+    ring = keys.from_file(str(file.path))
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def use() -> None:
+        while not done.is_set():
+            if None in (ring.get(ONE), ring.get(TWO)) or ring.signing.id not in (ONE, TWO):
+                wrong.append(ring.ids())
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(300):
+        file.write(*((SECOND, FIRST) if number % 2 == 0 else (FIRST, SECOND)))
+    done.set()
+    for thread in threads:
+        thread.join(60)
+
+    assert wrong == []
+    file.write(SECOND, FIRST, "# the last word")
+    assert ring.signing.id == TWO

@@ -270,6 +270,35 @@ limit :limit
 -- name: dead_page
 select id from dead where queue = :queue and id > :after_id order by id limit :limit
 
+-- name: signed_live
+-- Tombstones count as looked at: a slice is a slice, however many there are. A payload that its adder made by hand has its
+-- key in the envelope only (formats.md): 8 bytes after 'dfr', version, flags, codec, compression, encryption, Python.
+select key, sum(live), count(*), max(id)
+from (
+    select
+        id,
+        due is not null as live,
+        case when key_id = x'' and substr(body, 1, 3) = x'646672' then substr(body, 10, 8) else key_id end as key
+    from tasks
+    where id > :after
+    order by id
+    limit :limit
+)
+group by key
+
+-- name: signed_dead
+select key, count(*), count(*), max(id)
+from (
+    select
+        id,
+        case when key_id = x'' and substr(body, 1, 3) = x'646672' then substr(body, 10, 8) else key_id end as key
+    from dead
+    where id > :after
+    order by id
+    limit :limit
+)
+group by key
+
 -- name: sweep_tombstones
 delete from tasks
 where id in (select id from tasks where expires <= :now order by expires limit :limit)
