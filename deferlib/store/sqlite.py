@@ -24,6 +24,7 @@ from deferlib import errors
 from deferlib.store.datagram import Hints
 from deferlib.store.fairlock import FairLock
 from deferlib.store.presence import Presence
+from deferlib.store.shared_commit import Job, Line, do
 from deferlib.store.sqlite_file import check_file, create, migrate, translated, translation, upgrade
 from deferlib.store.sqlite_tx import SqliteTx
 from deferlib.store.watch import Watch
@@ -56,6 +57,7 @@ class SqliteStore:
         self._writer = _Seat(busy_seconds)
         self._reader = self._writer if self._memory else _Seat(busy_seconds)  # in memory the connection is the database
         self._poller = _Seat(0)
+        self._line = Line()
         self._watches: list[Watch] = []
         self._hints = None if self._memory else Hints(self.path)
         self._presence = None if self._memory else Presence(self.path)
@@ -71,27 +73,15 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def begin(self, *, durable: bool = True) -> Iterator[SqliteTx]:
-        seat = self._writer
-        with self._turn(seat) as connection:
-            tx = seat.tx = SqliteTx(connection, self.path)
-            try:
-                with translated(self.path):
-                    if self._memory:
-                        connection.pragma("query_only", 0)
-                    if durable is not seat.durable:
-                        connection.pragma("synchronous", 2 if durable else 1)
-                        seat.durable = durable
-                    connection.execute("begin immediate")
-                yield tx
-                self._commit(connection, tx)
-            finally:
-                tx.close()
-                self._rollback(seat)  # what wasn't committed
+        with self._turn(self._writer), self._transaction(durable) as tx:
+            yield tx
 
     @contextlib.contextmanager
     def read(self) -> Iterator[SqliteTx]:
         seat = self._reader
-        with self._turn(seat) as connection:
+        with self._turn(seat):
+            connection = seat.connection
+            assert connection is not None
             tx = seat.tx = SqliteTx(connection, self.path)
             try:
                 with translated(self.path):
@@ -103,10 +93,35 @@ class SqliteStore:
                 self._rollback(seat)
 
     def run(self, work: Callable[[SqliteTx], T]) -> T:
-        with self.begin() as tx:
-            result = work(tx)
-        self._wake()
+        job = self._line.join(work)
+        try:
+            with self._turn(self._writer, unless=job):
+                mine = not job.done
+                if mine:
+                    self._commit_all(self._line.take(job))
+        finally:
+            self._line.leave(job)
+        if mine:
+            self._wake()
+        result: T = job.outcome()
         return result
+
+    def _commit_all(self, jobs: list[Job]) -> None:
+        """Do the works of all *jobs* in one transaction. If it fails, each of the others tries by itself."""
+        try:
+            with self._transaction(durable=True) as tx:
+                do(jobs, tx)
+        except errors.EnqueueUnknownError as error:  # what the others have written may be on the disk
+            for job in jobs[1:]:
+                job.error = job.error or errors.EnqueueUnknownError(str(error))
+                job.done = True
+            raise
+        except BaseException:
+            for job in jobs:
+                job.error = None
+            raise
+        for job in jobs:
+            job.done = True
 
     def join(self, connection: object) -> SqliteTx:
         if isinstance(connection, apsw.Connection):
@@ -122,8 +137,9 @@ class SqliteStore:
     def watch(self, wake: Callable[[], None]) -> Iterator[None]:
         receiver = None
         if self._hints is not None:
-            with self._turn(self._writer) as connection, translated(self.path):
-                connection.wal_autocheckpoint(_ENGINE_CHECKPOINT_PAGES)
+            with self._turn(self._writer), translated(self.path):
+                assert self._writer.connection is not None
+                self._writer.connection.wal_autocheckpoint(_ENGINE_CHECKPOINT_PAGES)
             receiver = self._hints.bind()
         watch = Watch(wake, receiver, self._version)
         self._watches.append(watch)
@@ -166,18 +182,43 @@ class SqliteStore:
     # --- transactions -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _turn(self, seat: _Seat) -> Iterator[apsw.Connection]:
-        """Wait for a turn on *seat*'s connection; give it, in place and in no transaction."""
+    def _turn(self, seat: _Seat, unless: Job | None = None) -> Iterator[None]:
+        """Wait for a turn on *seat*'s connection; see to it that it is in place, and in no transaction.
+
+        Nothing is looked at where the job *unless* was done by another thread meanwhile.
+        """
         self._refuse_nesting()
         until = time.monotonic() + seat.patience  # the wait for threads included: each of them has waited that long
         turn = seat.lock.acquire()
         try:
-            seat.until = until
-            with translated(self.path):
-                connection = self._connection(seat)
-            yield connection
+            if unless is None or not unless.done:
+                seat.until = until
+                with translated(self.path):
+                    self._connection(seat)
+            yield
         finally:
             seat.lock.release(turn)
+
+    @contextlib.contextmanager
+    def _transaction(self, durable: bool) -> Iterator[SqliteTx]:
+        """Open a write transaction in this thread's turn, and commit it at the end of the block."""
+        seat = self._writer
+        connection = seat.connection
+        assert connection is not None
+        tx = seat.tx = SqliteTx(connection, self.path)
+        try:
+            with translated(self.path):
+                if self._memory:
+                    connection.pragma("query_only", 0)
+                if durable is not seat.durable:
+                    connection.pragma("synchronous", 2 if durable else 1)
+                    seat.durable = durable
+                connection.execute("begin immediate")
+            yield tx
+            self._commit(connection, tx)
+        finally:
+            tx.close()
+            self._rollback(seat)  # what wasn't committed
 
     def _refuse_nesting(self) -> None:
         if self._writer.lock.mine() or self._reader.lock.mine():
@@ -335,6 +376,7 @@ class SqliteStore:
         for watch in self._watches:
             watch.abandon()
         self._watches = []
+        self._line = Line()
 
 
 class _Seat:
