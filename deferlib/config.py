@@ -224,9 +224,9 @@ class Runtime:
             signed = any(_signed(tx, state) for state in TaskState)
         if signed:
             raise KeyringError(
-                f"{file} is gone, and tasks in the store were signed with its key: bring it back, or set DEFERLIB_KEY. If it "
-                f"is lost for good, `(umask 077; deferlib keys new > {file})` makes another one; those tasks then become dead "
-                "letters"
+                f"{file} is gone, and tasks in the store were signed with its key: bring it back, or set DEFERLIB_KEY. If "
+                f"it is lost for good, `(umask 077; deferlib keys new > {file})` makes another one; those tasks then become "
+                "dead letters"
             )
 
     def _keys(self) -> keys.Keyring:

@@ -272,7 +272,7 @@ def load_call(envelope: Envelope) -> tuple[Callable[..., Any], tuple[Any, ...], 
     try:
         try:
             return _load(envelope.body)
-        except KeyError:  # also how a module is missing whose import has just failed in another thread: that error is better
+        except KeyError:  # also how a module is missing whose import has just failed in another thread
             return _load(envelope.body)
     except MemoryError:
         raise  # the machine's trouble, not the payload's

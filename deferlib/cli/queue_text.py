@@ -91,8 +91,8 @@ def slowed_target(trouble: Trouble, now: Micros) -> str:
     """Return what is told of a target that an engine has slowed."""
     since, again = rough(max(now - trouble.since, 0)), rough(max(trouble.again - now, 0))
     return (
-        f"target {trouble.base} has refused the engine's requests for {since}, is tried again in {again}, and its tasks wait: "
-        f"{trouble.reason or 'no reason given'}; give the app and the engine the same keys"
+        f"target {trouble.base} has refused the engine's requests for {since}, is tried again in {again}, and its tasks "
+        f"wait: {trouble.reason or 'no reason given'}; give the app and the engine the same keys"
     )
 
 

@@ -1,4 +1,4 @@
-"""What an engine tells of the targets it has slowed: loudly in its log, and as a note in the store for `deferlib queues`."""
+"""What an engine tells of the targets it has slowed: loudly in its log, and by a note in the store."""
 
 from __future__ import annotations
 
