@@ -225,7 +225,7 @@ class Runtime:
         if signed:
             raise KeyringError(
                 f"{file} is gone, and tasks in the store were signed with its key: bring it back, or set DEFERLIB_KEY. If "
-                f"it is lost for good, `(umask 077; deferlib keys new > {file})` makes another one; those tasks then become "
+                f"it is lost for good, `(umask 077; deferlib keys new > {file})` makes another one, and those tasks become "
                 "dead letters"
             )
 
