@@ -18,7 +18,7 @@ from deferlib.limits import Limits
 from deferlib.queue_fields import Place
 from deferlib.queue_rows import Applied
 from deferlib.queue_yaml import QueueFile
-from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, working_directory
+from deferlib.settings import MEMORY_STORE, SETTINGS, Settings, find_root, load_settings, mask, working_directory
 from deferlib.store import Store, Tx
 from deferlib.targets import Targets
 
@@ -155,7 +155,7 @@ class Runtime:
             return path if os.path.isfile(path) else None
         path = self.settings.root / str(named)
         if not os.path.isfile(path):
-            raise ConfigError(f"setting 'queues' from {self.settings.all['queues'].source}: {path} is not a file")
+            raise ConfigError(f"setting 'queues' from {self.settings.all['queues'].source}: {mask(str(path))} is not a file")
         return path
 
     def key_file(self) -> str | None:

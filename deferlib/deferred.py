@@ -12,8 +12,9 @@ from datetime import datetime
 from http import HTTPStatus
 from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
-from deferlib import attempt, config, context, inbound, payload
+from deferlib import attempt, config, context, inbound, payload, tracing
 from deferlib.context import Dispatch
+from deferlib.core.model import repr_without
 from deferlib.errors import (
     ConfigError,
     DeferredError,
@@ -147,6 +148,9 @@ class _Options(NamedTuple):
     target: str | None = None
     url: str | None = DEFAULT_URL
     deadline: float | None = None
+
+    def __repr__(self) -> str:
+        return repr_without(self._replace(headers=self.headers or {}), "headers")
 
 
 def _enqueue(options: _Options, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Task:
@@ -292,16 +296,17 @@ class Handler:
         dispatch = _received(environ)
         if isinstance(dispatch, attempt.Answer):
             return dispatch.response
-        if _headers_log.isEnabledFor(_log_level):
-            _headers_log.log(_log_level, ", ".join(f"{name}:{value}" for name, value in dispatch.headers.items()))
         return copy_context().run(self._attempt, dispatch, environ)
 
     def _attempt(self, dispatch: Dispatch, environ: dict[str, Any]) -> Response:
         response: Response | None = None
         context.request_host.set(environ.get("HTTP_HOST"))  # in a context of its own
+        tracing.receive(environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE"))
         _take()
         with attempt.Attempt(dispatch) as current:
             environ[_ATTEMPT_KEY] = current
+            if _headers_log.isEnabledFor(_log_level):
+                _headers_log.log(_log_level, ", ".join(f"{name}:{value}" for name, value in dispatch.headers.items()))
             response = current.run(self.run_from_request, environ)
         return response or current.answer.response  # of a failure; or an override says nothing of a success
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from deferlib import limits
+from deferlib import limits, outbound
 from deferlib.errors import ConfigError
 from deferlib.targets import NAME, SLOT, Targets
 
@@ -110,6 +110,24 @@ def _margin(value: object) -> float | None:
     return None if value == "off" else _seconds(0)(value)
 
 
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value not in ("true", "false"):
+        raise ValueError
+    return value == "true"
+
+
+def _listen_at(value: object) -> int | str:
+    """Return a port as a number, HOST:PORT as text."""
+    if isinstance(value, str) and ":" in value:
+        host, _, port = value.rpartition(":")
+        if not re.match(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]+\])\Z", host):
+            raise ValueError
+        return f"{host}:{_PORT(port)}"
+    return _PORT(value)
+
+
 def _prefix(value: object) -> str:
     if value == "":
         return ""
@@ -117,6 +135,9 @@ def _prefix(value: object) -> str:
     if not re.match(r"/[^\s?#]*[^\s?#/]\Z", text):
         raise ValueError
     return text
+
+
+_PORT = _whole(1, 65_535)
 
 
 class _Kind(NamedTuple):
@@ -138,13 +159,15 @@ SETTINGS: Mapping[str, _Kind] = {
         "NAME=http://HOST[:PORT], separated by commas, a template like http://{target}.example.com for all other names, or "
         "a table of names and URLs, with the template at *",
     ),
+    "allow_urls": _Kind(outbound.parse_list, outbound.NOWHERE, outbound.ENTRIES),
     "prefix": _Kind(_prefix, "", "the path prefix that a proxy strips, like /tasks"),
     "lease": _Kind(_seconds(0.001), 30.0, "seconds from 0.001 to 86400"),
     "deadline_margin": _Kind(_margin, 1.0, "seconds from 0 to 86400, or off"),
     "limits": _Kind(limits.parse, limits.DEFAULT, "appengine or deferlib, then NAME=NUMBER, separated by commas"),
+    "accept_unbound": _Kind(_flag, True, "true or false"),
     "quarantine_after": _Kind(_seconds(0), 600.0, "seconds from 0 to 86400"),
     "grace": _Kind(_seconds(0), 25.0, "seconds from 0 to 86400"),
-    "port": _Kind(_whole(1, 65_535), None, "a port from 1 to 65535"),
+    "port": _Kind(_listen_at, None, "a port from 1 to 65535, or HOST:PORT"),
 }
 
 
@@ -165,7 +188,7 @@ class Setting(NamedTuple):
             return None if self.source == "default" else "off"
         if SETTINGS[self.name].secret:
             return _SECRET
-        if isinstance(self.value, limits.Limits):
+        if isinstance(self.value, limits.Limits | outbound.AllowList):
             return str(self.value)
         if isinstance(self.value, Targets):
             return {**self.value.names, **({"*": self.value.template} if self.value.template else {})}
@@ -194,7 +217,8 @@ class Settings:
 
 def mask(text: str) -> str:
     """Return *text* without the passwords of the URLs in it; rather too much is masked than too little."""
-    text = re.sub(r"(?s)(\w*)://(.*)@", _mask_login, text)
+    text = re.sub(r"(?s)(\w{0,40})://(.*)@", _mask_login, text)  # bounded: long words would take quadratic time
+    text = re.sub(r"[^\s'\"/@]{1,200}:(?!//|\*{3}@)[^\s@]{1,200}@", f"{_SECRET}@", text)  # of which somebody has forgotten the scheme
     return re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^&\s]*)", rf"\1{_SECRET}", text)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 LAYERS = [
     {"core"},
     {"clock", "disassembly", "limits", "outbound", "secret_names", "targets"},
-    {"context", "keys", "moved", "namespaces", "ids", "queue_fields", "queue_yaml"},
+    {"context", "keys", "moved", "namespaces", "ids", "queue_fields", "queue_yaml", "task_logs", "tracing"},
     {"payload", "token", "store"},
     {"settings", "queue_rows"},
     {"config", "call_text"},

@@ -7,14 +7,15 @@ from typing import Any
 
 from deferlib import queue_fields, queue_rows
 from deferlib.cli.show import iso, relative, rough, seconds, when
+from deferlib.core.health import Ailment, Condition
 from deferlib.core.model import Micros, Mode, QueueRow, QueueStats
-from deferlib.engine.troubles import Trouble
+from deferlib.core.scheduler import Slowdown
 
 _LENGTHS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 TITLES = ("QUEUE", "MODE", "STATE", "WAITING", "OLDEST", "AT ONCE", "RATE", "RAN", "ERR", "DEAD")
 
 
-def document(row: QueueRow, stats: QueueStats, now: Micros) -> dict[str, Any]:
+def document(row: QueueRow, stats: QueueStats, now: Micros, slowed: Slowdown | None = None) -> dict[str, Any]:
     """Return all there is to know of a queue, for programs."""
     queue = row.config
     return {
@@ -34,7 +35,8 @@ def document(row: QueueRow, stats: QueueStats, now: Micros) -> dict[str, Any]:
         "failed_last_minute": stats.failed_last_minute,
         "rate_now": round(stats.executed_last_minute / 60, 3),
         "rate": queue.rate,
-        "rate_enforced": 0.0 if row.held else queue.rate,
+        "rate_enforced": _enforced(row, slowed),
+        "slowed_since": iso(slowed.since) if slowed is not None else None,
         "bucket_size": queue.bucket_size,
         "max_concurrent": queue.max_concurrent,
         "target": queue.target or None,
@@ -56,24 +58,24 @@ def document(row: QueueRow, stats: QueueStats, now: Micros) -> dict[str, Any]:
     }
 
 
-def line(row: QueueRow, stats: QueueStats, now: Micros) -> tuple[str, ...]:
+def line(row: QueueRow, stats: QueueStats, now: Micros, slowed: Slowdown | None = None) -> tuple[str, ...]:
     """Return what `queues list` shows of a queue."""
     limit = "" if row.config.max_concurrent is None else f"/{row.config.max_concurrent}"
     return (
         row.name,
         str(row.config.mode),
-        state(row),
+        "slowed" if slowed is not None and state(row) == "active" else state(row),
         str(stats.tasks - stats.in_flight),
         "" if stats.oldest_due is None else relative(stats.oldest_due, now),
         "" if row.config.mode is Mode.PULL else f"{stats.in_flight}{limit}",
-        _rate(row, stats),
+        _rate(row, stats, slowed),
         str(stats.executed_last_minute),
         str(stats.failed_last_minute),
         str(stats.dead),
     )
 
 
-def fields(row: QueueRow, stats: QueueStats, now: Micros) -> list[tuple[str, str]]:
+def fields(row: QueueRow, stats: QueueStats, now: Micros, slowed: Slowdown | None = None) -> list[tuple[str, str]]:
     """Return what `queues show` shows of a queue before its configuration."""
     return [
         ("queue", row.name),
@@ -83,23 +85,34 @@ def fields(row: QueueRow, stats: QueueStats, now: Micros) -> list[tuple[str, str
         ("dead letters", str(stats.dead)),
         ("next due", when(stats.oldest_due, now)),
         ("last minute", f"{stats.executed_last_minute} ran, {stats.failed_last_minute} failed"),
+        ("enforced rate", _slowed(slowed, now)),
         ("dispatched by", f"{row.owner} until {when(row.owned_until, now)}" if row.owner else ""),
     ]
 
 
-def slowed_target(trouble: Trouble, now: Micros) -> str:
-    """Return what is told of a target that an engine has slowed."""
-    since, again = rough(max(now - trouble.since, 0)), rough(max(trouble.again - now, 0))
-    return (
-        f"target {trouble.base} has refused the engine's requests for {since}, is tried again in {again}, and its tasks "
-        f"wait: {trouble.reason or 'no reason given'}; give the app and the engine the same keys"
-    )
+def troubled_target(condition: Condition, now: Micros) -> str:
+    """Return what is told of a target in trouble."""
+    since, reason = rough(max(now - condition.since, 0)), condition.reason or "no reason given"
+    if condition.until:
+        then = f"is tried again in {rough(max(condition.until - now, 0))}, and its tasks wait"
+    else:
+        then = f"gets {condition.limit} at once"
+    remedy = "; give the app and the engine the same keys" if condition.ailment is Ailment.REFUSING else ""
+    return f"target {condition.base} {condition.ailment} (for {since}), {then}: {reason}{remedy}"
 
 
-def targets(slowed: Iterable[Trouble]) -> list[dict[str, Any]]:
-    """Return the slowed targets, for programs."""
+def targets(troubled: Iterable[Condition]) -> list[dict[str, Any]]:
+    """Return the targets in trouble, for programs."""
     return [
-        {"url": each.base, "since": iso(each.since), "next_try": iso(each.again), "reason": each.reason} for each in slowed
+        {
+            "url": each.base,
+            "since": iso(each.since),
+            "trouble": str(each.ailment),
+            "reason": each.reason,
+            "at_once": each.limit,
+            "next_try": iso(each.until) if each.until else None,
+        }
+        for each in troubled
     ]
 
 
@@ -124,10 +137,26 @@ def state(row: QueueRow) -> str:
     return "paused: its rate is 0" if row.config.rate == 0 else "active"
 
 
-def _rate(row: QueueRow, stats: QueueStats) -> str:
+def _enforced(row: QueueRow, slowed: Slowdown | None) -> float | None:
+    """Return how many tasks a second may be dispatched now; None for any number."""
+    if row.held:
+        return 0.0
+    rates = [rate for rate in (row.config.rate, slowed.rate if slowed is not None else None) if rate is not None]
+    return min(rates, default=None)
+
+
+def _slowed(slowed: Slowdown | None, now: Micros) -> str:
+    if slowed is None or slowed.rate is None:
+        return ""
+    return f"{slowed.rate:.3g}/s for {rough(max(now - slowed.since, 0))}: its target is overloaded (503)"
+
+
+def _rate(row: QueueRow, stats: QueueStats, slowed: Slowdown | None) -> str:
     """Return the rate of the last minute, of the one that is enforced; the configured one is in `queues show`."""
     ran = stats.executed_last_minute / 60
     rate = row.config.rate
+    if slowed is not None and slowed.rate is not None:
+        return f"{ran:.2g} of {_enforced(row, slowed):.2g}/s"
     if rate is None:
         return f"{ran:.2g}/s"
     unit, length = next(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from deferlib import config, queue_rows
 from deferlib.cli import queue_text
 from deferlib.cli.show import print_fields, print_json, print_table, safe
+from deferlib.core.health import Condition
 from deferlib.core.model import Micros, QueueRow
-from deferlib.engine.troubles import Trouble, troubles
+from deferlib.engine.troubles import conditions, slowdowns
 from deferlib.errors import ConfigError, InvalidQueueError
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ STATE says why nothing is dispatched. AT ONCE is what runs now, of how many may
 run; RATE is that of the last minute, of the one that is enforced; RAN and ERR
 are attempts in that minute. JSON: queues (each as in `queues show`), problem
 (what is wrong with queue.yaml, if it was changed and isn't applied),
-slowed_targets (those that refuse an engine's requests: url, since, next_try,
-reason).
+troubled_targets (those that can't be reached, lose deliveries or refuse the
+engine's requests: url, since, trouble, reason, at_once, next_try).
 
 example:
   deferlib queues list
@@ -42,7 +43,8 @@ executed_last_minute, failed_last_minute, rate_now, rate and rate_enforced (a
 second), bucket_size, max_concurrent, target, retry (by App Engine's names),
 first_limit_wins, jitter, tombstone_seconds, deadline_seconds, lost_limit,
 sources (where each value comes from: file, command, settings, default), owner
-and owned_until (the engine that dispatches a limited queue).
+and owned_until (the engine that dispatches a limited queue), slowed_since
+(when its target began to be overloaded: rate_enforced is lower since).
 
 example:
   deferlib queues show mail
@@ -123,22 +125,22 @@ def list_queues(arguments: argparse.Namespace) -> int:
             notes = tx.notes()
             it.warn_if_unserved(it.view(tx), tx)
     problem = notes.get(queue_rows.FILE_ERROR) or problem
-    slowed = list(troubles(notes, now))
-    _warn(slowed, now)
+    slowed, troubled = slowdowns(notes, now), conditions(notes, now)
+    _warn(troubled, now)
     if problem:
         print(f"deferlib: warning: queue.yaml isn't applied: {safe(problem)}", file=sys.stderr)
     if arguments.json:
-        queues = [queue_text.document(row, stats[row.name], now) for row in rows]
-        print_json({"queues": queues, "problem": problem, "slowed_targets": queue_text.targets(slowed)})
+        queues = [queue_text.document(row, stats[row.name], now, slowed.get(row.name)) for row in rows]
+        print_json({"queues": queues, "problem": problem, "troubled_targets": queue_text.targets(troubled)})
     else:
-        print_table(queue_text.TITLES, [queue_text.line(row, stats[row.name], now) for row in rows])
+        print_table(queue_text.TITLES, [queue_text.line(row, stats[row.name], now, slowed.get(row.name)) for row in rows])
     return 0
 
 
-def _warn(slowed: Sequence[Trouble], now: Micros) -> None:
-    """Tell, on stderr, which targets the engines have slowed."""
-    for each in slowed:
-        print(f"deferlib: warning: {safe(queue_text.slowed_target(each, now))}", file=sys.stderr)
+def _warn(troubled: Sequence[Condition], now: Micros) -> None:
+    """Tell, on stderr, which targets are in trouble."""
+    for each in troubled:
+        print(f"deferlib: warning: {safe(queue_text.troubled_target(each, now))}", file=sys.stderr)
 
 
 def show_queue(arguments: argparse.Namespace) -> int:
@@ -151,12 +153,13 @@ def show_queue(arguments: argparse.Namespace) -> int:
         if row is None:
             return _unknown(arguments.name, rows)
         stats = tx.stats(now, [row.name])[0]
-        slowed = list(troubles(tx.notes(), now))
-    _warn(slowed, now)
+        notes = tx.notes()
+    slowed = slowdowns(notes, now).get(row.name)
+    _warn(conditions(notes, now), now)
     if arguments.json:
-        print_json(queue_text.document(row, stats, now))
+        print_json(queue_text.document(row, stats, now, slowed))
     else:
-        print_fields(queue_text.fields(row, stats, now))
+        print_fields(queue_text.fields(row, stats, now, slowed))
         print()
         print_table(("KEY", "VALUE", "SOURCE"), queue_text.configuration(row))
     return 0

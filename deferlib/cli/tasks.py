@@ -1,4 +1,4 @@
-"""`deferlib tasks`: list, show, run, retry, delete."""
+"""`deferlib tasks`: list, show, explain, run, retry, delete."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from deferlib.cli import task_text
+from deferlib.cli.explain import HELP as EXPLAIN
+from deferlib.cli.explain import explain_task
 from deferlib.cli.show import print_json, print_table, safe
 from deferlib.core.model import DeleteResult, Micros, Page, TaskRow, TaskState
 
@@ -76,7 +78,7 @@ def add_to(commands: Commands) -> None:
     from deferlib.cli.settings import add_flags
     from deferlib.cli.verbs import add_verb, add_verbs
 
-    tasks = commands.add_parser("tasks", help="list, show, run, retry or delete tasks", allow_abbrev=False)
+    tasks = commands.add_parser("tasks", help="list, show, explain, run, retry or delete tasks", allow_abbrev=False)
     verbs = add_verbs(tasks)
 
     add = partial(add_verb, verbs)
@@ -88,16 +90,20 @@ def add_to(commands: Commands) -> None:
     show = add("show", "show all there is to know of a task", _SHOW, show_task)
     show.add_argument("name", metavar="NAME")
     show.add_argument("--json", action="store_true", help="print one JSON document")
+    explain = add("explain", "say why a task isn't running", EXPLAIN, explain_task)
+    explain.add_argument("name", metavar="NAME")
+    explain.add_argument("--json", action="store_true", help="print one JSON document")
     run = add("run", "run tasks now, whatever their ETA", _RUN, run_tasks)
     retry = add("retry", "bring dead letters back", _RETRY, retry_tasks)
     delete = add("delete", "delete tasks or dead letters", _DELETE, delete_tasks)
     delete.add_argument("--yes", action="store_true", help="don't ask")
     for parser in (run, retry, delete):
         parser.add_argument("names", metavar="NAME", nargs="+")
-    for parser in (show, run, retry, delete):
+    for parser in (show, explain, run, retry, delete):
         parser.add_argument("--queue", metavar="QUEUE", help="the task's queue, where several have one of this name")
     for parser in (listing, show, run, retry, delete):
         add_flags(parser, ["store"])
+    add_flags(explain, ["store", "app", "targets", "concurrency"])
 
 
 def _limit(text: str) -> int:
@@ -170,9 +176,9 @@ def show_task(arguments: argparse.Namespace) -> int:
 
     with opened(arguments) as it, it.store.read() as tx:
         view = it.view(tx)
-        rows = _found(tx, arguments.name, arguments.queue)
+        rows = tasks_named(tx, arguments.name, arguments.queue)
     if not rows:
-        return _missing([arguments.name], arguments.queue)
+        return report_missing([arguments.name], arguments.queue)
     if arguments.json:
         print_json(task_text.document(rows[0], view))
         return 0
@@ -183,7 +189,7 @@ def show_task(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _found(tx: Tx, name: str, queue: str | None) -> list[TaskRow]:
+def tasks_named(tx: Tx, name: str, queue: str | None) -> list[TaskRow]:
     """Return what *name* stands for in one queue, the living first; `UsageError` if several queues have one."""
     from deferlib.cli.store import UsageError, listed
 
@@ -228,10 +234,10 @@ def _each(arguments: argparse.Namespace, verb: _Verb, agreed: Callable[[], bool]
     code = 0
     with opened(arguments) as it:
         with it.store.read() as tx:  # all names first: an ambiguous one must not stop the command half-way
-            found = {name: _found(tx, name, arguments.queue) for name in arguments.names}
+            found = {name: tasks_named(tx, name, arguments.queue) for name in arguments.names}
         missing = [name for name, rows in found.items() if not rows]
         if missing:
-            code = _missing(missing, arguments.queue)
+            code = report_missing(missing, arguments.queue)
         rows = [
             row for rows in found.values() for row in rows if row.due is not None or row.died is not None or len(rows) == 1
         ]
@@ -283,7 +289,7 @@ def _delete(tx: Tx, row: TaskRow, now: Micros) -> tuple[bool, str]:
     return True, "deleted"
 
 
-def _missing(names: Sequence[str], queue: str | None) -> int:
+def report_missing(names: Sequence[str], queue: str | None) -> int:
     from deferlib.cli import fail
 
     where = f" in queue {queue!r}" if queue is not None else ""

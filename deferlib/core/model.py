@@ -357,6 +357,7 @@ class Result(NamedTuple):
     status: int = 0
     outcome: str = ""  # the answer's X-Deferlib-Outcome
     error: str = ""  # for people: at most 500 characters
+    retry_after: Micros = 0  # how long the answer asks to wait
 
 
 class Delivery(NamedTuple):

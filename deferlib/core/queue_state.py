@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deferlib.core import bucket
 from deferlib.core.model import SECOND, Decision, Micros, Mode, QueueConfig, QueueRow
+from deferlib.core.throttle import Throttle
 
 FAST_PAUSE: Micros = SECOND // 50
 
@@ -13,7 +14,7 @@ class QueueState:
 
     __slots__ = (
         *("config", "fast_at", "fast_looked", "in_flight", "interval", "look_at", "owned_by_other_until", "paused", "tat"),
-        *("disabled", "flown", "flown_at"),
+        *("disabled", "flown", "flown_at", "throttle"),
     )
 
     def __init__(self, name: str) -> None:
@@ -29,6 +30,7 @@ class QueueState:
         self.fast_at: Micros = 0  # when a fail-fast task may be due, of use while no slot is free
         self.fast_looked: Micros = 0  # when that was last looked up
         self.owned_by_other_until: Micros = 0
+        self.throttle = Throttle()
 
     def configure(self, row: QueueRow) -> None:
         self.tat = row.tat
@@ -65,7 +67,7 @@ class QueueState:
         """Say why nothing of this queue may be dispatched at *now* even with free slots, or None if something may."""
         config = self.config
         if config.mode is Mode.PULL:
-            return Decision(reason="workers lease from a pull queue")
+            return Decision(reason="a pull queue: workers lease from it")
         if self.disabled:
             return Decision(reason="disabled: it has left queue.yaml")
         if self.paused:
@@ -77,11 +79,11 @@ class QueueState:
         if self.interval and not bucket.tokens(self.tat, self.interval, config.bucket_size, now):
             until = bucket.next_token(self.tat, self.interval, config.bucket_size, now)
             return Decision(reason="waiting for a token", until=until)
-        return None
+        return self.throttle.hold(now)
 
     def allowance(self, now: Micros) -> int:
         """Return how many tasks the queue's own limits let through at *now*."""
-        allowed = 1 << 30
+        allowed = self.throttle.allowance(now)
         if self.config.max_concurrent is not None:
             allowed = min(allowed, self.config.max_concurrent - self.in_flight)
         if self.interval:

@@ -7,18 +7,22 @@ through `settled`, `claimed` and `finished`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import Random
 from typing import NamedTuple
 
 from deferlib.core import bucket
 from deferlib.core.backoff import may_retry, policy_of
+from deferlib.core.health import Ailment, Condition, Health
+from deferlib.core.malformed import malformed
 from deferlib.core.model import (
     MINUTE,
     SECOND,
     Action,
     Claim,
     ClaimSpec,
+    Decision,
     Delivery,
     Kind,
     Limiter,
@@ -27,16 +31,32 @@ from deferlib.core.model import (
     QueueConfig,
     QueueRow,
     Result,
+    TaskRow,
 )
 from deferlib.core.queue_state import QueueState
-from deferlib.core.slowed import Slowed, SlowedTargets
 from deferlib.core.verdict import UNTRUSTED, failed_fast, given_up, release, verdict
+from deferlib.errors import InvalidUrlError
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 ISOLATION_DELAY: Micros = SECOND // 50
 UNRESOLVED_DELAY: Micros = 5 * SECOND
 NEVER: Micros = 2**62
+OVERLOADED = 503
+_AILMENTS = {
+    Kind.UNREACHABLE: Ailment.UNREACHABLE,
+    Kind.UNKNOWN: Ailment.FAILING,
+    Kind.TIMEOUT: Ailment.FAILING,
+    Kind.MALFORMED: Ailment.FAILING,
+}
+
+
+def home_only(url: str) -> str:
+    """Refuse every URL that isn't a path of the app: `Rules.origin` of an engine that has only the app."""
+    raise InvalidUrlError(
+        "the url isn't a path of the app, and this engine calls the app in its own process; for absolute URLs run "
+        "`deferlib engine` without --app"
+    )
 
 
 class Rules(NamedTuple):
@@ -48,6 +68,17 @@ class Rules(NamedTuple):
     in_process: bool = False
     base: str = ""  # base URL of the default target
     quarantine_after: Micros = 10 * MINUTE
+    concurrency: int = 32  # deliveries at once to one target
+    origin: Callable[[str], str] = home_only  # from an absolute URL to its origin; InvalidUrlError if it isn't allowed
+
+
+class Slowdown(NamedTuple):
+    """What is told of a queue when its enforced rate changes."""
+
+    queue: str
+    since: Micros
+    rate: float | None  # dispatches per second; None: as before
+    until: Micros  # nothing before
 
 
 class _Flight:
@@ -68,7 +99,8 @@ class Scheduler:
         self._rng = rng
         self._queues: dict[str, QueueState] = {}
         self._flights: dict[int, _Flight] = {}  # in order of renewal: every lease is equally long
-        self._slowed = SlowedTargets()
+        self._health = Health(rules.concurrency)
+        self._throttled: set[str] = set()  # queues whose enforced rate has changed, untold
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
         self._draining = False
@@ -80,6 +112,11 @@ class Scheduler:
     def in_flight(self) -> int:
         """How many deliveries are on their way."""
         return len(self._flights)
+
+    @property
+    def in_flight_by_base(self) -> Mapping[str, int]:
+        """How many deliveries are on their way to which base URL. From any thread: the flights are listed in one step."""
+        return Counter(flight.base for flight in list(self._flights.values()))
 
     def configure(self, rows: Iterable[QueueRow]) -> None:
         """Take the queues as the store has them now."""
@@ -115,7 +152,7 @@ class Scheduler:
         start = self._turn % len(ready)
         ready = ready[start:] + ready[:start]
         bases = [self._base(queue) for queue in ready]
-        left = {base: self._slowed.room(base, now, room(base)) for base in set(bases)}
+        left = {base: self._health.room(base, now, room(base)) for base in set(bases)}
         share = {base: -(-free // bases.count(base)) for base, free in left.items()}
         specs = []
         for queue, base in zip(ready, bases, strict=True):
@@ -253,7 +290,7 @@ class Scheduler:
             closed = queue.closed(now)
             if closed is not None:
                 look_at = NEVER if closed.until is None else max(look_at, closed.until)
-            look_at = max(look_at, self._slowed.until(self._base(queue))) if self._slowed else look_at
+            look_at = max(look_at, self._health.until(self._base(queue))) if self._health else look_at
             if look_at < at and not self._has_slot(queue, look_at, room):  # then only what doesn't wait for one counts
                 look_at = max(look_at, queue.fast_at)
             at = min(at, look_at)
@@ -321,6 +358,8 @@ class Scheduler:
             queue, count = self._queues[spec.queue], got.get(spec.queue, 0)
             if count < spec.limit and not spec.fail_fast:
                 queue.look_at = due.get(spec.queue, NEVER)
+            if count:
+                queue.throttle.dispatched(count, now)
             if count and spec.interval:
                 queue.tat = bucket.spent(queue.tat, spec.interval, count, now)
         refused = {outcome.id for outcome in refusals}
@@ -362,19 +401,73 @@ class Scheduler:
         if flight is None or flight.claim.claims != result.claims:
             return None
         self._land(flight)
-        if result.outcome == UNTRUSTED:
-            self._slowed.refused(flight.base, now, result.error, self._in_flight_to)
-        elif self._slowed and result.kind is Kind.ANSWERED:
-            self._slowed.accepted(flight.base)
+        self._learn(now, flight, result)
         config = self._config(flight.claim.queue)
         after = self._rules.quarantine_after
         return verdict(now, flight.claim, result, config, quarantine_after=after, rng=self._rng)
 
-    def news(self) -> list[Slowed]:
-        """Return and forget which targets were slowed, tried again in vain, or are as before."""
-        return self._slowed.news()
+    def news(self) -> list[Condition | Slowdown]:
+        """Return and forget which targets and queues are slowed now, and which are as before."""
+        slowdowns = [
+            Slowdown(name, queue.throttle.since, queue.throttle.rate, queue.throttle.hold_until)
+            for name in sorted(self._throttled)
+            if (queue := self._queues.get(name)) is not None
+        ]
+        self._throttled.clear()
+        return [*self._health.news(), *slowdowns]
+
+    # --- explaining -------------------------------------------------------------------------------------------------
+
+    def restore(self, conditions: Iterable[Condition], slowdowns: Iterable[Slowdown], in_flight: Mapping[str, int]) -> None:
+        """Be as the engines of the store are, as they have told: to explain what they do, not to work beside them."""
+        for condition in conditions:
+            self._health.restore(condition)
+        for slowdown in slowdowns:
+            if slowdown.queue in self._queues:
+                self._queues[slowdown.queue].throttle.restore(slowdown.rate, slowdown.since, slowdown.until)
+        for name, count in in_flight.items():
+            self._queues[name].in_flight = count
+
+    def explain(self, now: Micros, task: TaskRow) -> list[Decision]:
+        """Return what holds a live, unleased *task* back at *now*; nothing: it is started as soon as it is its turn."""
+        queue = self._queues.get(task.queue)
+        if queue is None:
+            return [Decision(f"queue {task.queue} is gone")]
+        decisions = []
+        if task.due is not None and task.due > now:
+            again = f"backing off, after attempt {task.attempts}" if task.attempts else "scheduled"
+            decisions.append(Decision(f"{again} ({task.reason})" if task.reason else again, task.due))
+        held = queue.hold(now)
+        if held is not None:
+            decisions.append(Decision(f"queue {task.queue} is {held.reason}", held.until))
+        target = queue.config.target or task.target
+        base = self._resolve(target)
+        if base is None and not self._rules.in_process:
+            decisions.append(Decision(f"target {target!r} is not configured"))
+        elif base is not None and (held := self._health.hold(base, now)) is not None:
+            decisions.append(held)
+        return decisions
 
     # --- deciding ---------------------------------------------------------------------------------------------------
+
+    def _learn(self, now: Micros, flight: _Flight, result: Result) -> None:
+        """Learn from a delivery's end how its target and its queue are."""
+        queue = self._queues.get(flight.claim.queue)
+        answered = result.kind is Kind.ANSWERED
+        if answered and queue is not None:
+            throttle = queue.throttle
+            if result.status == OVERLOADED and not result.outcome:
+                if throttle.overloaded(now, result.retry_after):
+                    self._throttled.add(queue.config.name)
+            elif throttle.rate is not None and throttle.accepted(now, queue.config.rate):
+                self._throttled.add(queue.config.name)
+        if self._rules.in_process:  # nothing is between us
+            return
+        ailment = Ailment.REFUSING if result.outcome == UNTRUSTED else _AILMENTS.get(result.kind)
+        if ailment is not None:
+            self._health.troubled(flight.base, now, result.started, ailment, result.error, self._in_flight_to)
+        elif answered and self._health:
+            self._health.answered(flight.base, now)
 
     def _spec(self, queue: QueueState, count: int, now: Micros) -> ClaimSpec:
         return ClaimSpec(queue.config.name, count, CLAIM_BYTES, now + self._rules.lease, queue.interval)
@@ -406,23 +499,31 @@ class Scheduler:
         config = self._config(claim.queue)
         if self._rules.in_process and claim.lost >= config.lost_limit:
             return given_up(now, claim, config, f"lost: its process died {claim.lost} times while it ran")
+        problem = malformed(claim)
+        if problem:
+            return given_up(now, claim._replace(history=""), config, f"quarantine: the row is malformed: {problem}")
         policy = policy_of(claim.retry, config.retry)
         if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
             return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
         if full:
             return failed_fast(now, claim, config, self._rng)
-        if self._rules.in_process:
+        if _leaves(claim.url):
+            try:
+                self._rules.origin(claim.url)
+            except InvalidUrlError as error:  # not dropped: it may be the setting that is wrong
+                return release(claim, now + UNRESOLVED_DELAY, str(error))
+        elif self._rules.in_process:
             # Suspects run one at a time, so that one of them takes no other with it.
             if self._suspect(claim) and isolated not in (None, claim.id):
                 return release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
         elif self._resolve(config.target or claim.target) is None:
             target = config.target or claim.target
             return release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
-        elif self._slowed:
+        elif self._health:
             base = self._resolve(config.target or claim.target) or ""
-            if not self._slowed.room(base, now, 1):  # its queue has another target, which is well
-                at = max(self._slowed.until(base), now + SECOND)
-                return release(claim, at, f"target {base} refuses this engine's requests")
+            if not self._health.room(base, now, 1):  # its queue has another target, which is well
+                at = max(self._health.until(base), now + SECOND)
+                return release(claim, at, held.reason if (held := self._health.hold(base, now)) else "its target is slowed")
         return None
 
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
@@ -432,10 +533,13 @@ class Scheduler:
         queue = self._queues.get(claim.queue)
         if queue is not None:
             queue.in_flight += 1
-        base = self._resolve(config.target or claim.target) or self._rules.base
+        if _leaves(claim.url):
+            base = self._rules.origin(claim.url)
+        else:
+            base = self._resolve(config.target or claim.target) or self._rules.base
         self._flights[claim.id] = _Flight(claim, base, now + self._rules.lease // 3)
-        if self._slowed:
-            self._slowed.sent(base)
+        if self._health:
+            self._health.sent(base)
         return Delivery(claim, base, claim.deadline or config.deadline)
 
     def _land(self, flight: _Flight) -> None:
@@ -445,8 +549,8 @@ class Scheduler:
         queue = self._queues.get(flight.claim.queue)
         if queue is not None:
             queue.in_flight -= 1
-        if self._slowed:
-            self._slowed.landed(flight.base)
+        if self._health:
+            self._health.landed(flight.base)
 
     def _in_flight_to(self, base: str) -> int:
         return sum(flight.base == base for flight in self._flights.values())
@@ -462,11 +566,16 @@ class Scheduler:
 
     def _has_slot(self, queue: QueueState, at: Micros, room: Callable[[str], int]) -> bool:
         base = self._base(queue)
-        return not queue.crowded and self._slowed.room(base, at, room(base)) > 0
+        return not queue.crowded and self._health.room(base, at, room(base)) > 0
 
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)
         return known.config if known is not None else QueueConfig(name=queue)
+
+
+def _leaves(url: str) -> bool:
+    """Tell whether *url* isn't a path: put behind a base URL, '@host' or '.host' would lead to another host."""
+    return url[:1] != "/" or url[1:2] == "/"
 
 
 def _count(claims: Iterable[Claim]) -> dict[str, int]:

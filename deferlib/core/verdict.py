@@ -7,11 +7,13 @@ from random import Random
 from typing import assert_never
 
 from deferlib.core.backoff import backoff, may_retry, policy_of
-from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, QueueConfig, Result
+from deferlib.core.model import HOUR, SECOND, Action, Claim, Kind, Micros, Outcome, QueueConfig, Result
 
 HISTORY = 3  # attempts kept with a task
 INTERRUPTED_DELAY: Micros = SECOND // 100
 NO_SLOT = "no free slot, and the task asks to fail fast (X-AppEngine-FailFast)"
+LONGEST_RETRY_AFTER: Micros = HOUR
+_PATIENT = frozenset({429, 503})  # the answers whose Retry-After counts
 _REASON_LENGTH = 500
 _DEFERRED_URL = "/_ah/queue/deferred"
 
@@ -93,6 +95,8 @@ def _again(
     now: Micros, claim: Claim, result: Result, config: QueueConfig, rng: Random, *, charged: int = 0, executed: int = 0
 ) -> Outcome:
     at = now + backoff(policy_of(claim.retry, config.retry), claim.attempts - claim.lost, rng)
+    if result.retry_after and result.status in _PATIENT:
+        at = max(at, now + min(result.retry_after, LONGEST_RETRY_AFTER))
     story = _story(claim, result)
     fence = (claim.id, claim.claims, claim.queue)
     return Outcome(*fence, Action.RETRY, at, False, charged, executed, result.status, _reason(claim, result), story)

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, cast
 
 from deferlib.config import Runtime
 from deferlib.core.model import SECOND, Micros
-from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.core.scheduler import Rules, Scheduler, home_only
 from deferlib.engine.engine import Engine, no_step
 from deferlib.engine.local import LocalTransport, WsgiApp
-from deferlib.engine.observer import Observer
+from deferlib.engine.observer import UNMONITORED, Monitor, Observer
 from deferlib.engine.transport import Transport
 from deferlib.targets import Targets
 
 if TYPE_CHECKING:
     from deferlib.contrib.asgi import AsgiApp
+
+CONCURRENCY = 32  # deliveries at once to one target
 
 
 def build(
@@ -27,6 +29,7 @@ def build(
     app: WsgiApp | AsgiApp | None = None,
     *,
     observer: Observer | None = None,
+    monitor: Monitor = UNMONITORED,
     around: Callable[[Transport], Transport] | None = None,
     take_over: bool | None = None,
     step: Callable[[str], None] | None = None,
@@ -35,8 +38,8 @@ def build(
 
     A WSGI app is called as it is; an ASGI app gets the deferred handler, a loop, and its lifespan until the process exits.
 
-    Applies the configured queues to the store. *observer*, *take_over* and *step* are the engine's (by default an engine
-    that calls the app itself takes over); *around* may put another transport in front of the one that is made.
+    Applies the configured queues to the store. *observer*, *monitor*, *take_over* and *step* are the engine's (by default
+    an engine that calls the app itself takes over); *around* may put another transport in front of the one that is made.
     """
     runtime.apply_queues()
     lease: Micros = round(runtime.settings["lease"] * SECOND)
@@ -48,6 +51,8 @@ def build(
         base="" if app is not None else runtime.settings["app"],
         target=(Targets() if app is not None else runtime.targets).get,
         quarantine_after=round(runtime.settings["quarantine_after"] * SECOND),
+        concurrency=runtime.settings["concurrency"] or CONCURRENCY,
+        origin=home_only if app is not None else runtime.settings["allow_urls"].origin,
     )
     scheduler = Scheduler(rules, random.Random())
     transport = _transport(runtime, app)
@@ -59,6 +64,7 @@ def build(
         node=node,
         lease=lease,
         observer=observer,
+        monitor=monitor,
         take_over=app is not None if take_over is None else take_over,
         step=step or no_step,
     )
@@ -78,4 +84,9 @@ def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:
     from deferlib.engine.dispatch import signer
     from deferlib.engine.http import HttpTransport
 
-    return HttpTransport(signer(runtime.ring, runtime.clock), runtime.clock, concurrency=concurrency or 32)
+    return HttpTransport(
+        signer(runtime.ring, runtime.clock),
+        runtime.clock,
+        concurrency=concurrency or CONCURRENCY,
+        covers=runtime.settings["allow_urls"].covers,
+    )

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from urllib.parse import urlsplit
 
-from deferlib import token
+from deferlib import outbound, token
 from deferlib.clock import Clock
 from deferlib.context import Dispatch, TaskContext
 from deferlib.core.model import SECOND, Claim, Delivery, Micros
 from deferlib.engine.transport import Request
+from deferlib.errors import InvalidUrlError
 from deferlib.keys import Keyring
+from deferlib.payload import is_envelope
 
 _OCTETS = "Content-Type: application/octet-stream"
 _HOP_HEADERS = frozenset(
@@ -117,11 +119,21 @@ def _line(name: str, value: str) -> str:
 
 
 def signer(ring: Keyring, clock: Clock) -> Callable[[Delivery, Micros], Request]:
-    """Return the function that builds the signed HTTP request of a delivery at the moment it is sent."""
+    """Return the function that builds the HTTP request of a delivery at the moment it is sent, signed for an app.
+
+    One to an absolute URL isn't signed: whoever gets it could replay the token to the app. `InvalidUrlError` for a URL
+    that is neither a path nor absolute.
+    """
 
     def build(delivery: Delivery, now: Micros) -> Request:
         claim = delivery.claim
         dispatch = vouch(delivery, now, clock)
+        lines = [_line(name, value) for name, value in dispatch.headers.items()]
+        lines += _user_lines(claim.headers, bool(claim.body))
+        if not claim.url.startswith("/"):
+            if is_envelope(claim.body):
+                raise InvalidUrlError("a deferred call goes to an app that has its handler, not to an absolute url")
+            return Request(claim.method, outbound.parse(claim.url).url, lines, claim.body)
         signature = token.sign(
             ring,
             now,
@@ -131,8 +143,6 @@ def signer(ring: Keyring, clock: Clock) -> Callable[[Delivery, Micros], Request]
             deadline=delivery.deadline,
             base_path=urlsplit(delivery.base).path,
         )
-        lines = [_line(name, value) for name, value in dispatch.headers.items()]
-        lines += _user_lines(claim.headers, bool(claim.body))
         lines.append(f"{token.HEADER}: {signature}")
         return Request(claim.method, delivery.base + claim.url, lines, claim.body)
 

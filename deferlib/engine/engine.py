@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from deferlib.clock import Clock
 from deferlib.core import bucket
+from deferlib.core.health import Condition
 from deferlib.core.model import (
     MINUTE,
     SECOND,
@@ -25,10 +26,9 @@ from deferlib.core.model import (
     QueueRow,
     Result,
 )
-from deferlib.core.scheduler import Scheduler
-from deferlib.core.slowed import Slowed
+from deferlib.core.scheduler import Scheduler, Slowdown
 from deferlib.engine import troubles
-from deferlib.engine.observer import Observer
+from deferlib.engine.observer import UNMONITORED, Monitor, Observer
 from deferlib.engine.transport import ERROR_LENGTH, Transport
 from deferlib.errors import StoreError
 from deferlib.store import Store, Tx
@@ -50,9 +50,9 @@ class Engine:
     """Delivers the due tasks of *store* through *transport*.
 
     *node* names this engine as an owner of limited queues; *lease* is how long a claim holds unless renewed. *observer* is
-    told of every delivery. With *take_over* what an engine runs dies with it: a first engine then ends the leases it
-    finds, instead of waiting for them. *step* is called with the name of each step of a turn (answer, settle, claim,
-    commit, committed, send), where tests let it fail.
+    told of every delivery, *monitor* of every turn. With *take_over* what an engine runs dies with it: a first engine then
+    ends the leases it finds, instead of waiting for them. *step* is called with the name of each step of a turn (answer,
+    settle, claim, commit, committed, send), where tests let it fail.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Engine:
         node: str,
         lease: Micros,
         observer: Observer | None = None,
+        monitor: Monitor = UNMONITORED,
         take_over: bool = False,
         step: Callable[[str], None] = no_step,
     ) -> None:
@@ -75,13 +76,14 @@ class Engine:
         self._node = node
         self._lease = lease
         self._observer = observer
+        self._monitor = monitor
         self._take_over = take_over
         self._step = step
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
-        self._untold: list[Slowed] = []  # changes of targets that are in no note yet
+        self._untold: list[Condition | Slowdown] = []  # what is slowed, or isn't any more, and is in no note yet
         self._hinted = True
         self._reread_at: Micros = 0
         self._sweep_at: Micros = clock.now() + _SWEEP
@@ -96,7 +98,8 @@ class Engine:
             pause = _FIRST_PAUSE
             while not self._stopping:
                 try:
-                    until = self.turn()
+                    with self._monitor:
+                        until = self.turn()
                     pause = _FIRST_PAUSE
                 except Exception as error:
                     until = self._troubled(error, pause)
@@ -162,6 +165,21 @@ class Engine:
     def in_flight(self) -> int:
         """How many deliveries are on their way. From any thread."""
         return self._scheduler.in_flight
+
+    @property
+    def in_flight_by_base(self) -> Mapping[str, int]:
+        """How many deliveries are on their way to which base URL. From any thread."""
+        return self._scheduler.in_flight_by_base
+
+    @property
+    def fenced(self) -> int:
+        """How many settles came too late to count. From any thread."""
+        return self._scheduler.fenced
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called. From any thread."""
+        return self._stopping
 
     @property
     def busy(self) -> bool:
@@ -271,6 +289,7 @@ class Engine:
         return [outcome.id in held for outcome in outcomes]
 
     def _give_up(self, claim: Claim) -> None:
+        self._monitor.lost(claim)
         log.warning("task %s of queue %s lost its lease: its answer won't count", claim.public_name, claim.queue)
         self._transport.cancel(claim.id, claim.claims)
 
@@ -316,13 +335,13 @@ class Engine:
                 self._sweep_at = now + SECOND // 10
 
     def _tell(self, now: Micros) -> None:
-        """Tell which targets are slowed and which are no more; if the store fails, it isn't told there."""
+        """Tell what is slowed and what isn't any more; if the store fails, it isn't told there."""
         untold, self._untold = self._untold, []
-        for slowed in untold:
-            troubles.tell(now, slowed)
+        for news in untold:
+            troubles.tell(now, news)
         with self._store.begin(durable=False) as tx:
-            for slowed in untold:
-                troubles.note(tx, now, slowed)
+            for news in untold:
+                troubles.note(tx, now, news)
 
     def _rows(self, now: Micros) -> list[QueueRow]:
         """Read the queues; a limiter that is ahead of any that the queue's rate could have made is set right."""
@@ -349,7 +368,8 @@ class Engine:
         self.drain()
         while True:
             try:
-                until = self.turn()
+                with self._monitor:
+                    until = self.turn()
             except Exception as error:
                 until = self._troubled(error, _FIRST_PAUSE)
             now = self._clock.now()

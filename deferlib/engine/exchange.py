@@ -10,18 +10,22 @@ import errno
 import os
 import re
 import select
+import socket
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import pycurl
 
 from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.engine import retry_after
 from deferlib.engine.transport import ERROR_LENGTH, Request
 
 _Address: TypeAlias = tuple[str | int, ...]  # both ends of a connection, as libcurl tells them
 Kept: TypeAlias = "dict[_Address, select.poll]"
+Covers: TypeAlias = Callable[[str, int], bool]  # whether a connection to an address and a port may be opened
 
 FIRST_PACE: Micros = 1_000_000  # assumed of a target that has not answered yet: no look-ahead
 CONNECTIONS = 4096  # kept open for later requests
@@ -31,6 +35,7 @@ KEPT = 2048  # bytes of an answer's body, for its error text
 
 _LONGEST = 2**31 - 1  # milliseconds that libcurl takes
 _ABORT: int = pycurl.PREREQFUNC_ABORT
+_NO_SOCKET: int = pycurl.SOCKET_BAD
 _STOP = -1  # from a libcurl callback: end this transfer
 
 # What can't be printed, or would reorder the line it is printed in.
@@ -51,15 +56,42 @@ class Target:
         self.pace: Micros = FIRST_PACE  # moving average of how long an answer takes
 
 
+class _Lent:
+    """A new socket for libcurl, which works on a copy: closed as soon as that is made, or the connection would not end."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, socket: socket.socket) -> None:
+        self._socket = socket
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+
 class Exchange:
-    """An easy handle, reused, and the delivery it carries at present."""
+    """An easy handle, reused, and the delivery it carries at present.
+
+    With *covers* it is for absolute URLs: every address is judged when it is connected to, since a name can resolve to
+    another one each time, and of an answer only the status counts, since it is no app's of ours.
+    """
 
     delivery: Delivery
     target: Target
     started: Micros
     stale: bool  # nothing was sent, because the connection to be reused was dead: start again
 
-    def __init__(self, connect_ms: int, max_answer: int, authorities: Sequence[tuple[int, str]], kept: Kept) -> None:
+    def __init__(
+        self,
+        connect_ms: int,
+        max_answer: int,
+        authorities: Sequence[tuple[int, str]],
+        kept: Kept,
+        covers: Covers | None = None,
+    ) -> None:
+        self.covers = covers
         self._kept = kept
         self._connect_ms = connect_ms
         self._max_answer = max_answer
@@ -71,6 +103,8 @@ class Exchange:
         self.handle.setopt(pycurl.PREREQFUNCTION, self._on_send)
         self.handle.setopt(pycurl.HEADERFUNCTION, self._on_header)
         self.handle.setopt(pycurl.WRITEFUNCTION, self._on_body)
+        if covers is not None:
+            self.handle.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open)
 
     def load(self, target: Target, delivery: Delivery, now: Micros, request: Request) -> None:
         """Get ready to carry *delivery* as *request*. Sets only what differs from the delivery before."""
@@ -101,7 +135,8 @@ class Exchange:
         self.started = now
         self._sends = self._header_bytes = self._header_lines = 0
         self._outcome = self._text = b""
-        self._refused = ""
+        self._retry_after = ""
+        self._refused = self._barred = ""
         self._address: _Address = ()
         self._trailers = self.stale = False
         self._room = self._max_answer
@@ -116,9 +151,10 @@ class Exchange:
             outcome = error = ""
             if self._outcome == b"ok" and 200 <= status <= 299:  # nearly always; saves 0.5 µs
                 outcome = "ok"
-            elif _OUTCOME.match(self._outcome):
+            elif self.covers is None and _OUTCOME.match(self._outcome):
                 outcome, error = self._outcome.decode(), plain(self._text.decode(errors="replace"))
-            return Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error)
+            wait = retry_after.parse(self._retry_after, now) if self._retry_after and status in retry_after.STATUSES else 0
+            return Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error, wait)
         kind, error = self._failure(code, text)
         return Result(claim.id, claim.claims, kind, self.started, now, 0, "", error)
 
@@ -152,6 +188,9 @@ class Exchange:
 
     def _unreachable(self, code: int, text: str) -> str:
         target = self.target.name
+        if self._barred and code in (pycurl.E_COULDNT_CONNECT, pycurl.E_ABORTED_BY_CALLBACK):
+            host = urlsplit(target).hostname
+            return f"{host} resolves to {self._barred}, which allow_urls doesn't cover; add that address if it is meant"
         if code == pycurl.E_COULDNT_RESOLVE_HOST:
             return f"the name of {target} could not be resolved"
         if code == pycurl.E_OPERATION_TIMEDOUT:
@@ -165,11 +204,26 @@ class Exchange:
 
     # libcurl's callbacks: plain arithmetic, which can't raise.
 
+    def _on_open(self, purpose: int, address: tuple[int, int, int, tuple[str, int]]) -> _Lent | int:
+        """Return the socket for a new connection, if it may be opened."""
+        family, kind, protocol, (host, port, *_) = address
+        assert self.covers is not None
+        if not self.covers(host, port):
+            self._barred = host
+            return _NO_SOCKET
+        try:
+            return _Lent(socket.socket(family, kind, protocol))
+        except OSError:  # no descriptors left
+            return _NO_SOCKET
+
     def _on_send(self, *address: str | int) -> int:
         # When a reused connection dies, libcurl sends the request again on a new one, and a task could run twice in one
         # attempt. It asks here first, each time. Only our queue retries.
         self._sends += 1
         if self._sends > 1:
+            return _ABORT
+        if self.covers is not None and not self.covers(str(address[0]), int(address[2])):
+            self._sends, self._barred = 0, str(address[0])  # a connection that was opened for an app
             return _ABORT
         # libcurl looks for connections that the target has closed once a second at most (8.23). A request into such a
         # one is as good as lost, and nobody knows it wasn't; so look here, too: 0.6 µs.
@@ -198,6 +252,8 @@ class Exchange:
             pass
         elif line[0] in b"xX" and line[:19].lower() == b"x-deferlib-outcome:":
             self._outcome = line[19:].strip()
+        elif line[0] in b"rR" and line[:12].lower() == b"retry-after:":
+            self._retry_after = line[12:60].decode("latin-1")
         if self._header_bytes > HEADER_BYTES or self._header_lines > HEADER_LINES:
             self._refused = "too many headers"
             return _STOP

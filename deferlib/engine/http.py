@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pycurl
 
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
-from deferlib.engine.exchange import CONNECTIONS, Exchange, Kept, Target, authorities, plain
+from deferlib.engine.exchange import CONNECTIONS, Covers, Exchange, Kept, Target, authorities, plain
 from deferlib.engine.transport import Request
 from deferlib.engine.wake import IN, OUT, Waker, new_poller
+from deferlib.outbound import NOWHERE
 
 if TYPE_CHECKING:
     from deferlib.clock import Clock
@@ -46,7 +47,8 @@ class HttpTransport:
     Each target has *concurrency* slots. What is sent beyond them waits here and starts the moment a slot frees, with no
     turn of the engine in between. *prepare* makes the request when it is sent, so that its signature is fresh; if it
     raises, the delivery ends as unreachable. *connect_timeout* is in seconds, *max_answer* the bytes of a body after
-    which its status alone decides.
+    which its status alone decides. *covers* tells which addresses the deliveries to absolute URLs may connect to; a
+    target's own are never asked for, since it was configured to be connected to.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class HttpTransport:
         concurrency: int = 32,
         connect_timeout: float = 5.0,
         max_answer: int = 65_536,
+        covers: Covers = NOWHERE.covers,
     ) -> None:
         self._prepare = prepare
         self._clock = clock
@@ -66,7 +69,9 @@ class HttpTransport:
         self._kept: Kept = {}
         self._targets: dict[str, Target] = {}
         self._running: dict[Any, Exchange] = {}  # by easy handle
+        self._covers = covers
         self._idle: list[Exchange] = []
+        self._idle_abroad: list[Exchange] = []  # those for absolute URLs
         self._results: list[Result] = []
         self._closed = False
         self._waker = Waker()
@@ -161,9 +166,10 @@ class HttpTransport:
             target.waiting.clear()
         for exchange in list(self._running.values()):
             self._end(exchange)
-        for exchange in self._idle:
+        for exchange in (*self._idle, *self._idle_abroad):
             exchange.handle.close()  # also breaks the cycle of handle and callbacks
         self._idle.clear()
+        self._idle_abroad.clear()
         self._results.clear()
         # libcurl waits here for name look-ups that hang, 10 s and more, though nobody wants to know any longer.
         closing = threading.Thread(target=self._multi.close, daemon=True)
@@ -182,11 +188,16 @@ class HttpTransport:
 
     def _start(self, target: Target, delivery: Delivery) -> None:
         now = self._clock.now()
-        exchange = self._idle.pop() if self._idle else Exchange(*self._limits, self._authorities, self._kept)
+        abroad = not delivery.claim.url.startswith("/")
+        idle = self._idle_abroad if abroad else self._idle
+        if idle:
+            exchange = idle.pop()
+        else:
+            exchange = Exchange(*self._limits, self._authorities, self._kept, self._covers if abroad else None)
         try:
             exchange.load(target, delivery, now, self._prepare(delivery, now))
         except Exception as error:
-            self._idle.append(exchange)
+            idle.append(exchange)
             text = plain(f"the request could not be made: {type(error).__name__}: {error}")
             claim = delivery.claim
             self._results.append(Result(claim.id, claim.claims, Kind.UNREACHABLE, now, now, 0, "", text))
@@ -202,7 +213,7 @@ class HttpTransport:
     def _end(self, exchange: Exchange) -> None:
         del self._running[exchange.handle]
         self._multi.remove_handle(exchange.handle)
-        self._idle.append(exchange)
+        (self._idle if exchange.covers is None else self._idle_abroad).append(exchange)
         exchange.target.free += 1
 
     # --- driving libcurl ---------------------------------------------------------------------------------------------

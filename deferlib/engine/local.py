@@ -23,6 +23,7 @@ from urllib.parse import unquote_to_bytes
 from deferlib.clock import Clock
 from deferlib.context import ENVIRON_KEY
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
+from deferlib.engine import retry_after
 from deferlib.engine.dispatch import joined_headers, vouch
 from deferlib.engine.transport import ERROR_LENGTH
 from deferlib.engine.wake import Waker
@@ -188,16 +189,19 @@ class LocalTransport:
         ended = self._clock.now()
         if self._running.pop(key, None) is None:  # reported at its deadline
             return None
-        return Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, answer.outcome, answer.error)
+        wait = retry_after.parse(answer.retry_after, ended) if answer.retry_after else 0
+        told = (answer.status, answer.outcome, answer.error, wait)
+        return Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, *told)
 
 
 class Answer:
     """Collects a WSGI answer: its status, outcome, and the beginning of its body if it tells of a failure."""
 
-    __slots__ = ("error", "outcome", "status")
+    __slots__ = ("error", "outcome", "retry_after", "status")
 
     def __init__(self) -> None:
         self.status = 0
+        self.retry_after = ""
         self.outcome = ""
         self.error = ""
 
@@ -213,6 +217,8 @@ class Answer:
         for name, value in headers:
             if name.lower() == "x-deferlib-outcome":
                 self.outcome = value
+            elif self.status in retry_after.STATUSES and name.lower() == "retry-after":
+                self.retry_after = value
         return lambda data: None
 
     def take(self, body: Iterable[bytes]) -> None:

@@ -62,6 +62,9 @@ class Tx(Protocol):
     def reschedule(self, now: Micros, queue: str, names: Sequence[str], eta: Micros) -> int:
         """Move waiting tasks to *eta*, and bring dead letters back with their attempts at 0; return how many."""
 
+    def ahead(self, queue: str, due: Micros, id: int, most: int) -> int:
+        """Return how many live tasks of *queue* are due before that one; *most* if there are more."""
+
     def next_due(self, queues: Sequence[str], *, fail_fast: bool = False) -> dict[str, Micros]:
         """Return when something is due next; a queue with nothing live is left out.
 

@@ -240,6 +240,9 @@ class SqliteTx:
         self._count_one(queue, tasks=1, dead=-1)
         return True
 
+    def ahead(self, queue: str, due: Micros, id: int, most: int) -> int:
+        return int(self._value("ahead", {"queue": queue, "due": due, "id": id, "limit": most}))
+
     def next_due(self, queues: Sequence[str], *, fail_fast: bool = False) -> dict[str, Micros]:
         query = "next_due_fast" if fail_fast else "next_due"
         found = {queue: self._value(query, {"queue": queue}) for queue in queues}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from deferlib.errors import InvalidTaskError
+from deferlib.secret_names import is_secret
 
 
 class Headers(MutableMapping[str, "str | list[str]"]):
@@ -68,7 +69,7 @@ class Headers(MutableMapping[str, "str | list[str]"]):
         return [(name, each) for name, value in self.items() for each in ([value] if isinstance(value, str) else value)]
 
     def __repr__(self) -> str:
-        return f"Headers({dict(self)!r})"
+        return f"Headers({ {name: '***' if is_secret(name) else value for name, value in self.items()} })"
 
 
 def checked_value(name: str, value: object) -> str | list[str]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
+from deferlib import outbound
 from deferlib.context import request_host
 from deferlib.core.model import SECOND, Micros
 from deferlib.errors import (
@@ -28,6 +29,7 @@ from deferlib.errors import (
 )
 from deferlib.limits import DAY, Limits
 from deferlib.namespaces import BadValueError, get_namespace, google_apps_namespace, validate_namespace
+from deferlib.outbound import AllowList
 from deferlib.targets import Targets
 from deferlib.taskqueue import limits as appengine
 from deferlib.taskqueue.headers import Headers, checked_value
@@ -43,10 +45,13 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _ENGINE_HEADERS = ("x-appengine-", "x-cloudtasks-", "x-deferlib-")
 _TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 _BLANKS = "".join(map(chr, range(33)))
+_ABSOLUTE = re.compile(r"[\x00-\x20]*https?:", re.IGNORECASE)
 _SAFE = "/?&=%:@!$'()*+,;~-._[]"  # what stands for itself in a URL
 _FIRST: Micros = -62_135_596_800 * SECOND  # the year 1
 _FAR = 1e12  # seconds: beyond any time there is
 _LAST: Micros = 253_370_764_800 * SECOND  # the year 9999
+
+CALL_TO_URL = "a deferred call goes to an app that has its handler: name a target, not an absolute url"
 
 CALL_HEADERS_GIVEN = {"Content-Type": "application/octet-stream"}  # of a deferred call without headers of its own
 CALL_HEADERS = Headers(CALL_HEADERS_GIVEN)
@@ -87,6 +92,30 @@ def url_of(url: object, limits: Limits) -> str:
     return _sent(url, limits.url_length) if url else ""
 
 
+def is_absolute(url: object) -> bool:
+    """Tell whether *url* names a host, whether or not it is spelled as it should be."""
+    return isinstance(url, str) and url[:1] != "/" and bool(_ABSOLUTE.match(url))
+
+
+def absolute_url_of(url: str, limits: Limits, allowed: AllowList) -> str:
+    """Return an absolute *url* as it is sent, if *allowed* has it."""
+    if not allowed:
+        raise InvalidUrlError(
+            f"url {outbound.shown(url)}: a path that starts with '/' is needed, without scheme, host and fragment; for "
+            "absolute urls, name their hosts in the setting allow_urls (DEFERLIB_ALLOW_URLS)"
+        )
+    parts = outbound.parse(url)
+    allowed.check(parts)
+    _check_length(parts.path.partition("?")[0], limits.url_length)
+    return parts.url
+
+
+def refuse_target(target: object, headers: Headers) -> None:
+    """Raise `InvalidTaskError` if a task with an absolute URL is given another place to go to."""
+    if target or "Host" in headers:
+        raise InvalidTaskError("a task with an absolute url has no target and no Host header: the url says where it goes")
+
+
 @lru_cache(maxsize=256)  # 2 µs of the 3 that checking takes: an app's tasks share a few URLs
 def _sent(url: str, longest: int) -> str:
     url = url.lstrip(_BLANKS).rstrip("\t\r\n")  # as App Engine's parser does
@@ -96,17 +125,21 @@ def _sent(url: str, longest: int) -> str:
         scheme, netloc, path, query, fragment = urlsplit(url)
     except ValueError as error:
         raise InvalidUrlError(f"url {shown(url)}: {error}") from None
-    if scheme or netloc or fragment or not path.startswith("/"):
+    if scheme or netloc or fragment or not path.startswith("/") or path.startswith("//"):
         raise InvalidUrlError(f"url {shown(url)}: a path that starts with '/' is needed, without scheme, host and fragment")
     if not {".", ".."}.isdisjoint(path.lower().replace("%2e", ".").split("/")):
         # libcurl and proxies resolve them, and the token would be for another path than the one that arrives
         raise InvalidUrlError(f"url {shown(url)}: a path without '.' and '..' is needed")
-    if len(path) > longest:
-        raise InvalidUrlError(f"the url's path has {len(path)} characters, at most {longest} are allowed")
+    _check_length(path, longest)
     sent = quote(path, safe=_SAFE)
     if len(sent) > appengine.SAFE_URL_BYTES:  # it stands in the dispatch token too
         raise InvalidUrlError(f"the url's path has more than {appengine.SAFE_URL_BYTES} bytes as it is sent")
     return f"{sent}?{quote(query, safe=_SAFE)}" if query else sent
+
+
+def _check_length(path: str, longest: int) -> None:
+    if len(path) > longest:
+        raise InvalidUrlError(f"the url's path has {len(path)} characters, at most {longest} are allowed")
 
 
 def with_query(url: str, params: str, limits: Limits) -> str:

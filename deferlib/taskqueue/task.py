@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from deferlib import config
+from deferlib import config, tracing
 from deferlib import payload as payloads
 from deferlib.context import moment
 from deferlib.core.model import SECOND, Micros, NewTask
-from deferlib.errors import InvalidTaskError, TaskTooLargeError
+from deferlib.errors import InvalidTaskError, InvalidUrlError, TaskTooLargeError
 from deferlib.ids import ids
 from deferlib.keys import Keyring
 from deferlib.taskqueue import rules
@@ -35,10 +35,10 @@ class Task:
 
     *payload* is the body: bytes, or a string, sent as UTF-8. *params* are form-encoded: into the body of a POST or PULL
     task, into the query of any other; a value that holds several is repeated. *url* is a path with or without a query,
-    by default `/_ah/queue/` and the queue's name; *method* POST, GET, HEAD, PUT, DELETE or PULL. *headers* is a mapping;
-    a value may be a list. *countdown* is in seconds from now, *eta* a datetime (naive: local time), at most 30 days
-    ahead. *target* names a service, *retry_options* replace the queue's as a whole, *dispatch_deadline_usec* is how long
-    an attempt may take, and *tag* groups tasks of a pull queue.
+    by default `/_ah/queue/` and the queue's name, or an absolute URL that the setting `allow_urls` lets through; *method*
+    POST, GET, HEAD, PUT, DELETE or PULL. *headers* is a mapping; a value may be a list. *countdown* is in seconds from
+    now, *eta* a datetime (naive: local time), at most 30 days ahead. *target* names a service, *retry_options* replace the
+    queue's as a whole, *dispatch_deadline_usec* is how long an attempt may take, and *tag* groups tasks of a pull queue.
 
     Raises `InvalidTaskError` and its kin (`InvalidTaskNameError`, `InvalidUrlError`, `InvalidEtaError`,
     `TaskTooLargeError`), `InvalidTagError`, `InvalidDispatchDeadlineError`; TypeError for a url that is no string, a
@@ -66,7 +66,10 @@ class Task:
         runtime = config.runtime()
         limits, now = runtime.limits, runtime.clock.now()
         self._name = rules.name_of(name, limits) if name else None
-        url = rules.url_of(url, limits)
+        absolute = rules.is_absolute(url)
+        if absolute and _call is not None:
+            raise InvalidUrlError(rules.CALL_TO_URL)
+        url = rules.absolute_url_of(url, limits, runtime.settings["allow_urls"]) if absolute else rules.url_of(url, limits)
         query = rules.params_of(params) if params else ""
         if query and "?" in url:
             raise InvalidTaskError("give a query in the url or params, not both")
@@ -77,8 +80,10 @@ class Task:
         self._payload = None
         if _call is None:
             self._payload, query, content_type = rules.content_of(
-                self._method, payload, query, query="?" in url, routed=bool(url or headers or target)
+                self._method, payload, query, query="?" in url and not absolute, routed=bool(url or headers or target)
             )
+            if absolute and payloads.is_envelope(self._payload or b""):
+                raise InvalidUrlError(rules.CALL_TO_URL)
         elif "?" in url:
             raise InvalidTaskError("the url of a deferred call has no query")
         self._url = rules.with_query(url, query, limits) if query or len(url) > SAFE_URL_BYTES else url
@@ -87,17 +92,23 @@ class Task:
             self._headers = self._headers.copy()
             self._headers["Content-Type"] = content_type
         self._target, self._shown_target = "", None
-        if target is not None or headers:
+        if absolute:
+            rules.refuse_target(target, self._headers)
+        elif target is not None or headers:
             self._target, self._shown_target = rules.target_of(target, self._headers)
-        if runtime.targets and self._shown_target is None and self._method != "PULL":
+        if runtime.targets and self._shown_target is None and self._method != "PULL" and not absolute:
             self._shown_target = rules.own_target(runtime.targets)
             self._target = self._shown_target or ""
         self._eta = rules.eta_of(countdown, eta, now, limits)
         self._namespace = rules.namespace_of(self._headers)
         self._call = _call
+        longest = limits.pull_task_bytes if self._method == "PULL" else limits.push_task_bytes
+        if _call is not None:
+            longest = limits.call_bytes
         if _size_check:
-            longest = limits.pull_task_bytes if self._method == "PULL" else limits.push_task_bytes
-            self._check_size(longest if _call is None else limits.call_bytes)
+            self._check_size(longest)
+        if self._method != "PULL" and not absolute:  # a trace is no business of another's host
+            self._join_trace(longest)
         self._tag, self._shown_tag = rules.tag_of(tag, limits) if tag else "", tag
         self._deadline = rules.deadline_of(dispatch_deadline_usec, limits) if dispatch_deadline_usec is not None else 0
         if retry_options is not None and not isinstance(retry_options, TaskRetryOptions):
@@ -114,6 +125,18 @@ class Task:
     def of_call(cls, call: payloads.Call, **options: Any) -> Task:
         """Return the task of a deferred call: its payload is sealed when its queue is known, and may be 32 MiB long."""
         return cls(_call=call, **options)
+
+    def _join_trace(self, longest: int) -> None:
+        """Take the current trace along, unless the headers have one, or the task would become longer than *longest*."""
+        trace = tracing.current()
+        if trace is None or tracing.PARENT in self._headers or self.size + trace.size > longest:
+            return
+        self._headers = self._headers.copy()
+        self._headers[tracing.PARENT] = trace.parent
+        if trace.state:
+            self._headers[tracing.STATE] = trace.state
+        else:
+            self._headers.pop(tracing.STATE, None)  # it belongs to its own parent only
 
     def _check_size(self, longest: int) -> None:
         size = self.size
@@ -147,13 +170,13 @@ class Task:
 
     @property
     def url(self) -> str:
-        """The path and query; without a path for the queue's default URL."""
+        """The path and query, or the absolute URL; without a path for the queue's default URL."""
         return self._url
 
     @property
     def on_queue_url(self) -> bool:
         """Whether the task goes to the queue's default URL."""
-        return not self._url.startswith("/")
+        return self._url[:1] in ("", "?")
 
     @property
     def method(self) -> str:
@@ -290,7 +313,7 @@ class Task:
         mode, url, fail_fast = "pull", "", 0
         if self._method != "PULL":
             mode, url = "push", self._url
-            if not url.startswith("/"):
+            if self.on_queue_url:
                 url = f"/_ah/queue/{queue}{url}"
             fail_fast = int(rules.fails_fast(self._headers)) if self._headers is not rules.CALL_HEADERS else 0
         body, key_id = self._payload or b"", b""

@@ -209,7 +209,7 @@ class Oracle:
             assert node is not None
             self.hasty.add(claim.id)
             must(bool(case.task.fail_fast), "failed though it would have waited for a slot:", claim)
-            must(self._crowded(node, claim.queue), node, "failed a task though a slot was free:", claim)
+            must(self._crowded(node, claim.queue, now), node, "failed a task though a slot was free:", claim)
         case.claims, case.leased, case.until, case.holder = claim.claims, True, claim.until, node
         case.attempts += 1
         case.ready = max(claim.until, self.world.now)
@@ -265,12 +265,18 @@ class Oracle:
         crowded = config.max_concurrent is not None and flying >= config.max_concurrent
         return queue not in self.paused and (crowded or node.transport.room("") <= 0)
 
-    def _crowded(self, node: Node, queue: str) -> bool:
-        """Tell whether *node* has no free slot for *queue*; what it claimed and has yet to send takes one, too."""
+    def _crowded(self, node: Node, queue: str, now: Micros) -> bool:
+        """Tell whether *node* has no free slot for *queue*; what it claimed and has yet to send takes one, too.
+
+        Nor has it one while its target can't be reached.
+        """
         flying = {id for id, _ in node.transport.live if self.cases[id].task.queue == queue}
         held = {id for id, case in self.cases.items() if case.leased and case.holder is node and case.task.queue == queue}
         limit = self.configs[queue].max_concurrent
-        return node.transport.room("") <= 0 or (limit is not None and len(flying | (held - self.hasty)) >= limit)
+        troubled = node.engine._scheduler._health.hold("http://app", now) is not None
+        return (
+            troubled or node.transport.room("") <= 0 or (limit is not None and len(flying | (held - self.hasty)) >= limit)
+        )
 
     def ran(self, id: int) -> None:
         self.cases[id].succeeded = True

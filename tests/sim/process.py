@@ -53,7 +53,10 @@ class Node:
         self.owed: set[Fence] = set()  # answers it took and hasn't settled
         self.store = FaultyStore(world, self)
         self.transport = SimTransport(world, self)
-        rules = Rules(node=name, lease=LEASE, in_process=world.in_process, base="http://app", target={}.get)
+        rules = Rules(
+            node=name, lease=LEASE, in_process=world.in_process, base="http://app", target={}.get,
+            concurrency=self.transport.slots,
+        )  # fmt: skip
         scheduler = Scheduler(rules, Random(world.rng.random()))
         self.engine = Engine(
             self.store, self.transport, scheduler, world.clock, node=name, lease=LEASE, step=self.step

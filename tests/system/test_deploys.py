@@ -167,7 +167,7 @@ def test_app_without_the_engines_key_parks_no_task(site: Site) -> None:
     other = site.process(served, DEFERLIB_KEY="quite another key than the engine's")
     with other, site.engine(*engine, DEFERLIB_QUARANTINE_AFTER="0"):
         wait_until(lambda: "refuses this engine's requests" in site.log(), "the target is named")
-        wait_until(lambda: json.loads(shop.command("queues", "list", "--json"))["slowed_targets"], "it is shown")
+        wait_until(lambda: json.loads(shop.command("queues", "list", "--json"))["troubled_targets"], "it is shown")
         tried = [row for row in shop.rows(TaskState.LIVE) if row.attempts]
         assert len(shop.rows(TaskState.LIVE)) == 5 * COUNT
         assert {row.failures for row in tried} == {0}

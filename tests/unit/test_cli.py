@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import deferlib
 from deferlib import config, taskqueue
 from deferlib.cli import main, show
+from deferlib.core.health import Ailment, Condition
 from deferlib.core.model import (
     DAY,
     HOUR,
@@ -34,6 +35,8 @@ from deferlib.core.model import (
     QueueConfig,
     QueueSource,
 )
+from deferlib.core.scheduler import Slowdown
+from deferlib.engine import troubles
 from deferlib.settings import SETTINGS
 
 KEY = "canary-key-0123456789"
@@ -363,7 +366,7 @@ def test_unknown_queue_is_not_found(cli: Cli, store: config.Runtime) -> None:
 # --- tasks show -------------------------------------------------------------------------------------------------------
 
 TASK_KEYS = {
-    "name", "id", "queue", "state", "reason", "call", "method", "url", "target", "namespace", "tag", "headers",
+    "name", "id", "queue", "state", "reason", "call", "verified", "method", "url", "target", "namespace", "tag", "headers",
     "payload_bytes", "created", "eta", "due", "next_run", "lease_until", "first_try", "died", "expires", "attempts",
     "executions", "failures", "lost", "fence", "deadline_seconds", "retry", "queue_paused", "history",
     "engine", "key",
@@ -452,13 +455,19 @@ def test_lists_warn_once_tasks_have_waited_a_minute_for_an_engine(cli: Cli, stor
     assert cli(command, "list").err == "", "a paused queue waits on purpose"
 
 
-def test_arguments_are_shown_only_where_the_key_is(project: Path, cli: Cli, store: config.Runtime) -> None:
+def test_call_is_marked_where_its_key_is_not(project: Path, cli: Cli, store: config.Runtime) -> None:
     deferlib.defer(call, 7, _name="a")
-    assert cli("tasks", "show", "a", "--json").json["call"].endswith("test_cli.call(7)")
+    deferlib.taskqueue.add(name="b")
+    shown = cli("tasks", "show", "a", "--json").json
+    assert shown["call"].endswith("test_cli.call(7)")
+    assert shown["verified"] is True
+    assert cli("tasks", "show", "b", "--json").json["verified"] is None
 
     (project / ".deferlib" / "tasks.db.key").unlink()
 
-    assert cli("tasks", "show", "a", "--json").json["call"].endswith("test_cli.call(…)")
+    shown = cli("tasks", "show", "a", "--json").json
+    assert shown["call"].endswith("test_cli.call(7)  # not verified: no key at hand")
+    assert shown["verified"] is False
     assert not (project / ".deferlib" / "tasks.db.key").exists(), "looking makes no key"
 
 
@@ -834,7 +843,7 @@ QUEUE_KEYS = {
     "name", "mode", "state", "paused", "disabled", "source", "tasks", "waiting", "in_flight", "dead", "oldest_due",
     "oldest_wait_seconds", "executed_last_minute", "failed_last_minute", "rate_now", "rate", "rate_enforced",
     "bucket_size", "max_concurrent", "target", "retry", "first_limit_wins", "jitter", "tombstone_seconds",
-    "deadline_seconds", "lost_limit", "sources", "owner", "owned_until",
+    "deadline_seconds", "lost_limit", "sources", "owner", "owned_until", "slowed_since",
 }  # fmt: skip
 
 
@@ -851,6 +860,40 @@ def test_queues_are_listed_with_their_counts(cli: Cli) -> None:
     assert re.match(r"mail +push +active +2 +in \d+ s +0/3 +0 of 5/m +0 +0 +0$", lines[2])
     assert re.match(r"pulled +pull +pull +1 +now +0/s +0 +0 +0$", lines[3])
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.usefixtures("some")
+def test_slowed_queues_and_troubled_targets_are_shown(cli: Cli, store: config.Runtime) -> None:
+    now = store.clock.now()
+    down = Condition("http://app:1", now - 90 * SECOND, Ailment.UNREACHABLE, "connection refused", 1, now + 5 * SECOND)
+    shrunk = Condition("http://app:2", now, Ailment.FAILING, "it broke", 4)
+    slowed = Slowdown("mail", now - 60 * SECOND, 0.05, 0)
+    store.store.run(lambda tx: [troubles.note(tx, now, news) for news in (down, shrunk, slowed)])
+
+    listed, shown = cli("queues", "list"), cli("queues", "show", "mail")
+    document = cli("queues", "list", "--json").json
+
+    for told in (listed, shown):
+        assert "target http://app:1 can't be reached (for 90 s), is tried again in " in told.err
+        assert "target http://app:2 loses deliveries, or lets them time out (for 0 s), gets 4 at once: it broke" in told.err
+    assert re.search(r"^mail +push +slowed .* 0 of 0\.05/s ", listed.out, re.MULTILINE)
+    assert re.search(r"^enforced rate +0\.05/s for 60 s: its target is overloaded \(503\)$", shown.out, re.MULTILINE)
+    assert [each["url"] for each in document["troubled_targets"]] == ["http://app:1", "http://app:2"]
+    assert document["troubled_targets"][1]["next_try"] is None
+    mail = next(queue for queue in document["queues"] if queue["name"] == "mail")
+    assert (mail["rate_enforced"], mail["slowed_since"] is not None) == (0.05, True)
+
+    well = [down._replace(ailment=None), shrunk._replace(ailment=None), slowed._replace(rate=None)]
+    store.store.run(lambda tx: [troubles.note(tx, now, news) for news in well])
+    assert cli("queues", "list").err == ""
+
+
+def test_note_of_a_killed_engine_is_forgotten(cli: Cli, store: config.Runtime) -> None:
+    long_ago = store.clock.now() - 200 * SECOND
+    gone = Condition("http://app:1", long_ago, Ailment.UNREACHABLE, "", 1, long_ago)
+    store.store.run(lambda tx: troubles.note(tx, long_ago, gone))
+
+    assert cli("queues", "list", "--json").json["troubled_targets"] == []
 
 
 def test_queue_is_shown_in_full(cli: Cli, store: config.Runtime) -> None:
@@ -1043,5 +1086,7 @@ def test_every_setting_has_a_flag_unless_there_is_a_reason() -> None:
     without = set(SETTINGS) - set(FLAGS)
 
     # A key on the command line is seen by every user of the machine; prefix, limits and margin are the app's business;
-    # there is no port yet.
-    assert without == {"key", "prefix", "port", "limits", "deadline_margin"}
+    # the others are a project's policy, not one process's.
+    assert without == {"key", "prefix", "limits", "deadline_margin"} | {
+        *("quarantine_after", "allow_urls", "accept_unbound"),
+    }

@@ -304,6 +304,8 @@ def test_user_without_a_password_is_shown() -> None:
     ("name", "value"),
     [
         ("store", f"mysql://user:{PASSWORD}@host/db"),
+        ("store", f"user:{PASSWORD}@host/db"),
+        ("app", f"user:{PASSWORD}@host"),
         ("app", f"http://user:{PASSWORD}@host"),
         ("app", f"http://{PASSWORD}@host"),
         ("targets", f"a=http://user:{PASSWORD}@host,b=http://u:{PASSWORD}@i"),
@@ -318,6 +320,14 @@ def test_secret_in_a_bad_value_is_masked_in_the_error(name: str, value: object) 
 
     assert PASSWORD not in str(caught.value)
     assert caught.value.__suppress_context__
+
+
+def test_dsn_in_place_of_a_file_is_masked_in_the_error(project: Path) -> None:
+    runtime = Runtime(settings=load_settings({"queues": f"postgresql://user:{PASSWORD}@db/x"}, {}))
+
+    with pytest.raises(ConfigError, match="is not a file") as caught:
+        runtime.queue_file()
+    assert PASSWORD not in str(caught.value)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

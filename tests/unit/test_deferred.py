@@ -608,3 +608,12 @@ def test_failures_of_calls_are_no_errors_of_queues() -> None:
         assert not issubclass(error, deferlib.taskqueue.Error)
     for error in (deferlib.taskqueue.TransientError, deferlib.errors.StoreBusyError, deferlib.errors.StoreFullError):
         assert issubclass(error, deferlib.taskqueue.Error)
+
+
+def test_headers_that_are_secret_are_not_shown() -> None:
+    headers = {"Authorization": "Bearer canary", "X-Colour": "blue"}
+
+    shown = f"{taskqueue.Task(url='/x', headers=headers).headers!r} {deferlib.using(headers=headers)._options!r}"
+
+    assert "canary" not in shown
+    assert "'Authorization': '***', 'X-Colour': 'blue'" in shown

@@ -124,10 +124,30 @@ def test_request_arrives_as_prepared_and_its_answer_is_reported(transport: HttpT
         [received] = server.received
     assert result[:3] == (1, 77, Kind.ANSWERED)
     assert before <= result.started <= result.ended <= SystemClock().now()
-    assert result[5:] == (200, "ok", "")
+    assert result[5:] == (200, "ok", "", 0)
     assert received.line == "POST /task/1 HTTP/1.1"
     assert received.body == b"\0payload\xff"
     assert received.headers.keys() == {"host", "accept", "content-type", "user-agent", "content-length"}
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "seconds"),
+    [
+        (503, "Retry-After: 7", 7),
+        (429, "retry-after:0120 ", 120),
+        (503, "Retry-After: 99999999999999999999", 86_400),
+        (503, "Retry-After: soon", 0),
+        (503, "X: y", 0),
+        (500, "Retry-After: 7", 0),
+    ],
+)
+def test_retry_after_of_an_overloaded_target_is_reported(
+    transport: HttpTransport, status: int, header: str, seconds: int
+) -> None:
+    with serving(answering(answer(f"{status} X", header))) as server:
+        assert [each.retry_after for each in deliver(transport, delivery(server.base), delivery(server.base, 2))] == [
+            seconds * SECOND
+        ] * 2
 
 
 @pytest.mark.parametrize("status", [200, 204, 206, 299, 400, 404, 429, 500, 503])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from deferlib.core import bucket
+from deferlib.core.health import Ailment, Condition
 from deferlib.core.model import (
     DAY,
     MINUTE,
@@ -35,6 +36,7 @@ from deferlib.core.scheduler import (
     UNRESOLVED_DELAY,
     Rules,
     Scheduler,
+    Slowdown,
 )
 from deferlib.core.verdict import NO_SLOT
 
@@ -668,8 +670,7 @@ def test_target_that_refuses_the_token_is_tried_with_one_task_after_a_pause() ->
     refuse_tokens(scheduler, range(3))
 
     assert asked(scheduler.plan(NOW, room(8))) == {"own": 8}
-    [news] = scheduler.news()
-    assert (news.base, news.decision and news.decision.reason) == (BASE, "unknown key")
+    assert scheduler.news() == [Condition(BASE, NOW, Ailment.REFUSING, "unknown key", 1, NOW + SECOND)]
 
     later = NOW + SECOND
     assert asked(scheduler.plan(later, room(8))) == {"default": 1, "own": 8}
@@ -678,8 +679,7 @@ def test_target_that_refuses_the_token_is_tried_with_one_task_after_a_pause() ->
     scheduler.woken(later)
     assert asked(scheduler.plan(later, room(8))) == {"own": 8}
     scheduler.finished(later, result(probe, outcome="ok"))
-    assert asked(scheduler.plan(later, room(8))) == {"default": 8, "own": 8}
-    assert [each.decision for each in scheduler.news()] == [None]
+    assert asked(scheduler.plan(later, room(8))) == {"default": 2, "own": 8}, "it ramps up"
 
 
 def test_turn_is_due_when_a_slowed_target_is_tried_again() -> None:
@@ -696,7 +696,7 @@ def test_lost_delivery_to_a_slowed_target_makes_way_for_the_next() -> None:
     probe = claim(9)
     commit(scheduler, probe, now=later)
 
-    scheduler.finished(later, result(probe, Kind.UNREACHABLE, 0))
+    scheduler.finished(later, result(probe, Kind.UNKNOWN, 0))
     scheduler.woken(later)
 
     assert asked(scheduler.plan(later, room(8))) == {"default": 1}
@@ -710,5 +710,55 @@ def test_task_with_a_slowed_target_of_its_own_gives_way_to_the_others() -> None:
     outcomes = scheduler.refusals(NOW, specs, [claim(7, target="worker"), claim(8)])
 
     assert [(o.id, o.action, o.at) for o in outcomes] == [(7, Action.RELEASE, NOW + SECOND)]
-    assert outcomes[0].reason == "target http://worker refuses this engine's requests"
+    assert outcomes[0].reason == "target http://worker refuses this engine's requests: unknown key"
     assert asked(specs) == {"default": 8}
+
+
+def test_target_that_cannot_be_reached_is_tried_less_and_less_often() -> None:
+    scheduler, now = make(), NOW
+    for id in range(3):
+        commit(scheduler, sent := claim(id), now=now)
+        scheduler.finished(now, result(sent, Kind.UNREACHABLE, 0, error="connection refused"))
+        scheduler.woken(now)
+
+    assert scheduler.plan(now, room(8)) == []
+    assert scheduler.wake_at(now, room(8)) == now + SECOND // 20
+    assert asked(scheduler.plan(now + SECOND // 20, room(8))) == {"default": 1}
+
+
+def test_overload_slows_the_queue_and_no_other() -> None:
+    scheduler = make(QueueConfig(name="default"), QueueConfig(name="other"))
+    commit(scheduler, *(sent := [claim(id) for id in range(8)]))
+
+    for each in sent:
+        outcome = scheduler.finished(NOW, result(each, status=503))
+        assert outcome is not None
+        assert outcome.charged == 1
+    scheduler.woken(NOW)
+
+    assert scheduler.news() == [Slowdown("default", NOW, 4.0, 0)]
+    assert asked(scheduler.plan(NOW, room(40))) == {"default": 1, "other": 20}
+    for each in [claim(id, queue="other") for id in range(20, 24)]:
+        commit(scheduler, each)
+        scheduler.finished(NOW, result(each, status=429))
+    scheduler.woken(NOW)
+    assert asked(scheduler.plan(NOW, room(40)))["other"] == 20
+
+
+def test_handler_of_calls_that_says_why_is_not_overloaded() -> None:
+    scheduler = make()
+    commit(scheduler, sent := claim())
+
+    scheduler.finished(NOW, result(sent, status=503, outcome="retry"))
+
+    assert scheduler.news() == []
+
+
+def test_what_another_target_of_the_queue_answers_counts_for_it_alone() -> None:
+    scheduler = make()
+    for id in range(3):
+        commit(scheduler, sent := claim(id, target="worker"))
+        scheduler.finished(NOW, result(sent, Kind.UNREACHABLE, 0))
+    scheduler.woken(NOW)
+
+    assert asked(scheduler.plan(NOW, room(8))) == {"default": 8}

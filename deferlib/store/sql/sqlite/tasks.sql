@@ -217,6 +217,15 @@ where queue = :queue and due is not null
 order by due
 limit :limit
 
+-- name: ahead
+select count(*)
+from (
+    select 1
+    from tasks
+    where queue = :queue and due is not null and (due, id) < (:due, :id)
+    limit :limit
+)
+
 -- name: next_due
 select min(due) from tasks where queue = :queue and due is not null
 

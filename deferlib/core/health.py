@@ -1,0 +1,183 @@
+"""How well each target is, by what came of the deliveries to it: how many it gets at once, and whether any at all.
+
+A target that refuses every request, or can't be reached, gets one delivery at a time, each after a longer pause, until
+it answers one. One that loses deliveries or lets them time out gets half as many at once. Either grows back with its
+answers, the way a TCP connection does: doubling up to half of what it had, then one more a round. So a backlog ramps up
+after an outage, instead of stampeding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import NamedTuple
+
+from deferlib.core.model import SECOND, Decision, Micros
+
+ENOUGH = 3.0  # troubles that count: one alone may be about its request (a proxy that rewrites an odd URL)
+FORGIVEN = 0.5  # of a trouble, by each answer: a target is in trouble where more than a third of its deliveries are
+_TOLD_EVERY: Micros = SECOND
+
+
+class Ailment(StrEnum):
+    """What is wrong with a target."""
+
+    REFUSING = "refuses this engine's requests"
+    UNREACHABLE = "can't be reached"
+    FAILING = "loses deliveries, or lets them time out"
+
+
+# Between two tries of a target that is closed: at first, and at most.
+PAUSES: dict[Ailment, tuple[Micros, Micros]] = {
+    Ailment.REFUSING: (SECOND, 30 * SECOND),  # its keys are others: somebody has to do something
+    Ailment.UNREACHABLE: (SECOND // 20, 5 * SECOND),
+}
+
+
+class Condition(NamedTuple):
+    """What is told of a target when it changes."""
+
+    base: str
+    since: Micros
+    ailment: Ailment | None  # None: it is well again
+    reason: str = ""
+    limit: int = 0  # deliveries at once
+    until: Micros = 0  # when it is tried again; 0 if it isn't closed
+
+
+class _State:
+    __slots__ = (
+        "ailment",
+        "in_flight",
+        "limit",
+        "pause",
+        "reason",
+        "score",
+        "shrunk_at",
+        "since",
+        "threshold",
+        "told_at",
+        "until",
+    )
+
+    def __init__(self) -> None:
+        self.score = 0.0
+        self.ailment: Ailment | None = None  # None: not in enough trouble
+        self.reason = ""
+        self.in_flight = 0  # of use from the moment that it is limited
+        self.limit = 0.0
+        self.threshold = 0.0
+        self.since: Micros = 0
+        self.until: Micros = 0
+        self.pause: Micros = 0
+        self.shrunk_at: Micros = 0
+        self.told_at: Micros = 0
+
+
+class Health:
+    """One engine's view of its targets, by base URL; *full* is how many deliveries one gets at once that is well."""
+
+    def __init__(self, full: int) -> None:
+        self._full = full
+        self._states: dict[str, _State] = {}  # of those in any trouble
+        self._news: list[Condition] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._states)
+
+    # --- what came of deliveries --------------------------------------------------------------------------------------
+
+    def troubled(
+        self, base: str, now: Micros, started: Micros, ailment: Ailment, reason: str, in_flight: Callable[[str], int]
+    ) -> None:
+        """Take a delivery, *started* then, that ended in trouble; *in_flight* counts what is still on its way."""
+        state = self._states.setdefault(base, _State())
+        state.score += 1
+        # What was on its way when the target was limited says nothing new.
+        if state.score < ENOUGH or now < state.until or started < state.shrunk_at:
+            return
+        if state.ailment is None:
+            state.since, state.in_flight, state.limit = now, in_flight(base), float(self._full)
+        state.ailment, state.reason = ailment, reason
+        state.shrunk_at = now
+        if ailment in PAUSES:
+            first, longest = PAUSES[ailment]
+            state.pause = min(max(2 * state.pause, first), longest)
+            state.until = now + state.pause
+            state.limit, state.threshold = 1.0, max(self._full / 2, 1.0)
+        else:
+            state.limit = state.threshold = max(state.limit / 2, 1.0)
+            state.score = 0.0
+        self._tell(base, state, now)
+
+    def answered(self, base: str, now: Micros) -> None:
+        """Take a delivery that was answered, whatever the answer says of its task."""
+        state = self._states.get(base)
+        if state is None:
+            return
+        state.score = max(state.score - FORGIVEN, 0.0)
+        if state.ailment is None:
+            if not state.score:
+                del self._states[base]
+            return
+        if state.until:  # it was closed
+            state.until = state.pause = 0
+            state.score = 0.0
+            state.told_at = 0
+        state.limit += 1.0 if state.limit < state.threshold else 1.0 / state.limit
+        if state.limit >= self._full:
+            del self._states[base]
+            self._news.append(Condition(base, state.since, None))
+        elif now - state.told_at >= _TOLD_EVERY:
+            self._tell(base, state, now)
+
+    def restore(self, condition: Condition) -> None:
+        """Be as another engine's, as it has told."""
+        state = self._states[condition.base] = _State()
+        state.ailment, state.reason, state.since = condition.ailment, condition.reason, condition.since
+        state.limit, state.until = float(condition.limit), condition.until
+
+    def sent(self, base: str) -> None:
+        """Count a delivery on its way to *base*."""
+        state = self._states.get(base)
+        if state is not None:
+            state.in_flight += 1
+
+    def landed(self, base: str) -> None:
+        """Count one that has ended, however it did."""
+        state = self._states.get(base)
+        if state is not None and state.in_flight:
+            state.in_flight -= 1
+
+    # --- what follows from it -----------------------------------------------------------------------------------------
+
+    def room(self, base: str, now: Micros, free: int) -> int:
+        """Return how many of the *free* slots of *base* may be used."""
+        state = self._states.get(base)
+        if state is None or state.ailment is None:
+            return free
+        return 0 if now < state.until else max(0, min(free, int(state.limit) - state.in_flight))
+
+    def until(self, base: str) -> Micros:
+        """Return when *base*, which is closed, is tried again; 0 if it isn't closed."""
+        state = self._states.get(base)
+        return state.until if state is not None else 0
+
+    def hold(self, base: str, now: Micros) -> Decision | None:
+        """Say why nothing may be sent to *base* at *now*, or None if something may."""
+        state = self._states.get(base)
+        if state is None or state.ailment is None or self.room(base, now, self._full):
+            return None
+        if state.ailment in PAUSES and state.until:
+            return Decision(f"target {base} {state.ailment}: {state.reason}", state.until if now < state.until else None)
+        return Decision(f"target {base} {state.ailment}, and is at {state.in_flight}/{int(state.limit)} deliveries")
+
+    def news(self) -> list[Condition]:
+        """Return and forget what has changed."""
+        news, self._news = self._news, []
+        return news
+
+    def _tell(self, base: str, state: _State, now: Micros) -> None:
+        if state.until or now - state.told_at >= _TOLD_EVERY:
+            state.told_at = now
+            self._news.append(Condition(base, state.since, state.ailment, state.reason, int(state.limit), state.until))
