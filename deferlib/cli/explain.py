@@ -39,9 +39,8 @@ class Explanation(NamedTuple):
     expected: Micros | None  # when it should start, as far as can be said
 
 
-def explain(it: Opened, tx: Tx, row: TaskRow) -> Explanation:
+def explain(it: Opened, tx: Tx, now: Micros, row: TaskRow) -> Explanation:
     """Return why *row*, a live task without a lease, isn't running."""
-    now = it.now()
     queues = tx.queues()
     stats = {each.queue: each for each in tx.stats(now, [queue.name for queue in queues])}
     notes = tx.notes()
@@ -91,7 +90,7 @@ def explain_task(arguments: argparse.Namespace) -> int:
             return report_missing([arguments.name], arguments.queue)
         row, now, served = rows[0], it.now(), it.store.served()
         state = row.state(now)
-        explanation = explain(it, tx, row) if state in ("ready", "scheduled") else _of_another(row, state)
+        explanation = explain(it, tx, now, row) if state in ("ready", "scheduled") else _of_another(row, state)
     if arguments.json:
         print_json(
             {
