@@ -10,7 +10,7 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from deferlib import config, context, deadline, namespaces, payload, token
+from deferlib import config, context, deadline, namespaces, payload, task_logs, token, tracing
 from deferlib.context import Dispatch, TaskContext
 from deferlib.errors import (
     BodyTooLongError,
@@ -147,7 +147,7 @@ class Attempt:
     >>> attempt.answer.status  # doctest: +SKIP
     """
 
-    __slots__ = ("_default", "_dispatch", "_label", "_loading", "_namespace", "_running", "_task", "answer")
+    __slots__ = ("_default", "_dispatch", "_label", "_loading", "_namespace", "_running", "_span", "_task", "answer")
 
     def __init__(self, dispatch: Dispatch) -> None:
         self._dispatch = dispatch
@@ -160,6 +160,8 @@ class Attempt:
         self._namespace = namespaces.current_namespace.set(self._task.namespace)  # checked when the task was made
         self._running = context.running.set(self._task)
         self._default = namespaces.default_namespace.set(self._dispatch.default_namespace)
+        task_logs.install()
+        self._span = tracing.begin(self._task)
         return self
 
     def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -175,6 +177,7 @@ class Attempt:
         self._loading = True
         envelope = verify(data, task)
         self._label = envelope.label
+        tracing.name(envelope.label)
         loaded = Loaded(*payload.load_call(envelope))
         self._loading = False
         return loaded
@@ -186,8 +189,11 @@ class Attempt:
             if not isinstance(error, _FAILURES):
                 return False
             self.answer = self._judge(error)
+            if not isinstance(error, SingularTaskFailure):  # that one only asks to be run again
+                tracing.failed(error)
             return True
         finally:
+            tracing.end(self._span)
             namespaces.default_namespace.reset(self._default)
             context.running.reset(self._running)
             namespaces.current_namespace.reset(self._namespace)

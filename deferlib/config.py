@@ -155,7 +155,9 @@ class Runtime:
             return path if os.path.isfile(path) else None
         path = self.settings.root / str(named)
         if not os.path.isfile(path):
-            raise ConfigError(f"setting 'queues' from {self.settings.all['queues'].source}: {mask(str(path))} is not a file")
+            raise ConfigError(
+                f"setting 'queues' from {self.settings.all['queues'].source}: {mask(str(path))} is not a file"
+            )
         return path
 
     def key_file(self) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from deferlib import limits, outbound
+from deferlib import limits
 from deferlib.errors import ConfigError
 from deferlib.targets import NAME, SLOT, Targets
 
@@ -106,6 +106,12 @@ def _targets(value: object) -> Targets:
     return Targets(names, template.rstrip("/"))
 
 
+def _allow_urls(value: object) -> object:
+    from deferlib.outbound import parse_list  # a millisecond that few need
+
+    return parse_list(value)
+
+
 def _margin(value: object) -> float | None:
     return None if value == "off" else _seconds(0)(value)
 
@@ -159,7 +165,12 @@ SETTINGS: Mapping[str, _Kind] = {
         "NAME=http://HOST[:PORT], separated by commas, a template like http://{target}.example.com for all other names, or "
         "a table of names and URLs, with the template at *",
     ),
-    "allow_urls": _Kind(outbound.parse_list, outbound.NOWHERE, outbound.ENTRIES),
+    "allow_urls": _Kind(
+        _allow_urls,
+        None,
+        "hosts of absolute URLs: NAME, *.NAME, * for any public one, ADDRESS or NETWORK, each perhaps with :PORT, "
+        "separated by commas",
+    ),
     "prefix": _Kind(_prefix, "", "the path prefix that a proxy strips, like /tasks"),
     "lease": _Kind(_seconds(0.001), 30.0, "seconds from 0.001 to 86400"),
     "deadline_margin": _Kind(_margin, 1.0, "seconds from 0 to 86400, or off"),
@@ -188,7 +199,7 @@ class Setting(NamedTuple):
             return None if self.source == "default" else "off"
         if SETTINGS[self.name].secret:
             return _SECRET
-        if isinstance(self.value, limits.Limits | outbound.AllowList):
+        if isinstance(self.value, limits.Limits) or self.name == "allow_urls":
             return str(self.value)
         if isinstance(self.value, Targets):
             return {**self.value.names, **({"*": self.value.template} if self.value.template else {})}
@@ -218,7 +229,7 @@ class Settings:
 def mask(text: str) -> str:
     """Return *text* without the passwords of the URLs in it; rather too much is masked than too little."""
     text = re.sub(r"(?s)(\w{0,40})://(.*)@", _mask_login, text)  # bounded: long words would take quadratic time
-    text = re.sub(r"[^\s'\"/@]{1,200}:(?!//|\*{3}@)[^\s@]{1,200}@", f"{_SECRET}@", text)  # of which somebody has forgotten the scheme
+    text = re.sub(r"[^\s'\"/@]{1,200}:(?!//|\*{3}@)[^\s@]{1,200}@", f"{_SECRET}@", text)  # without a scheme
     return re.sub(r"(?i)(password\s*=\s*)('[^']*'|[^&\s]*)", rf"\1{_SECRET}", text)
 
 

@@ -75,7 +75,7 @@ def add_to(commands: Commands) -> None:
     )
     add_flags(
         parser,
-        [name for name in FLAGS if name != "app"],
+        [name for name in FLAGS if name not in ("app", "port")],  # its own --port is the app's
         targets="the base URL of a named target that is served elsewhere; may be repeated",
         concurrency="requests at once (default: 32)",
         grace=f"how long running calls may go on after Ctrl-C (default: {_GRACE:g})",

@@ -228,7 +228,8 @@ def _in_use() -> dict[str, Any]:
         )
     _ = runtime.store, runtime.ring  # now, where an error of theirs is told
     settings = {name: setting.value for name, setting in runtime.settings.all.items() if setting.value is not None}
-    settings |= {name: str(settings[name]) for name in ("limits", "targets", "allow_urls")}  # as JSON can have them
+    as_text = settings.keys() & {"limits", "targets", "allow_urls"}  # JSON has no values like theirs
+    settings |= {name: str(settings[name]) for name in as_text}
     queues = None if runtime.given_queues is None else [queue.to_json() for queue in runtime.given_queues]
     status = os.stat(path)  # which file: one that was removed and made anew needs a new engine
     return {

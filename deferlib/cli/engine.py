@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deferlib.cli.reload import QueueFileWatch
     from deferlib.cli.settings import Commands
     from deferlib.engine.engine import Engine
+    from deferlib.engine.operator import OperatorPort
 
 log = logging.getLogger("deferlib.engine")
 
@@ -73,13 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     log_to_stderr(arguments.log_level)
     with ExitStack() as stack:
         stack.callback(runtime.close)
-        engine = _build(runtime, None if app is None else served(app, stack))
+        port = _open_port(runtime, stack)
+        engine = _build(runtime, None if app is None else served(app, stack), port)
         stack.callback(engine.close)
         watch = _watch(runtime, engine, stack)
         signals.serve(engine, round(runtime.settings["grace"] * SECOND), watch)
         for name in unknown_variables():
             log.warning("%s", unknown_hint(name))
-        _announce(runtime, arguments.app)
+        _announce(runtime, arguments.app, port)
         try:
             engine.run()
         except StoreError as error:  # the last thing that a drain does is to write
@@ -98,19 +100,33 @@ def _in_use(runtime: config.Runtime, arguments: argparse.Namespace) -> config.Ru
     return current
 
 
-def _build(runtime: config.Runtime, app: Any) -> Engine:
+def _open_port(runtime: config.Runtime, stack: ExitStack) -> OperatorPort | None:
+    """Open the operator port if there is to be one; it is closed after the engine."""
+    if runtime.settings["port"] is None:
+        return None
+    from deferlib.engine.observer import LogObserver
+    from deferlib.engine.operator import OperatorPort
+
+    port = OperatorPort(runtime, LogObserver())
+    stack.callback(port.close)
+    return port
+
+
+def _build(runtime: config.Runtime, app: Any, port: OperatorPort | None) -> Engine:
     from deferlib.engine.build import build
     from deferlib.engine.observer import LogObserver
 
-    if runtime.settings["port"] is not None:
-        log.warning("the setting 'port' has no effect: the engine's health and metrics aren't available in this version")
     step: Callable[[str], None] | None = None
     if os.environ.get("DEFERLIB_FAILPOINT"):
         from deferlib.testing import failpoints
 
         step = failpoints.from_environ()
     _ = runtime.store, runtime.ring  # now: without keys every call would fail, and be charged for it
-    return build(runtime, app, observer=LogObserver(), step=step)
+    if port is None:
+        return build(runtime, app, observer=LogObserver(), step=step)
+    engine = build(runtime, app, observer=port.metrics, monitor=port.metrics, step=step)
+    port.tell(engine)
+    return engine
 
 
 def _watch(runtime: config.Runtime, engine: Engine, stack: ExitStack) -> QueueFileWatch | None:
@@ -124,7 +140,7 @@ def _watch(runtime: config.Runtime, engine: Engine, stack: ExitStack) -> QueueFi
     return watch
 
 
-def _announce(runtime: config.Runtime, app: str | None) -> None:
+def _announce(runtime: config.Runtime, app: str | None, port: OperatorPort | None) -> None:
     """Print what the engine works on, in one line; whoever started it may have closed the pipe."""
     from deferlib.cli.store import listed
 
@@ -137,6 +153,9 @@ def _announce(runtime: config.Runtime, app: str | None) -> None:
     if app is None and runtime.targets:
         what += f" and {listed(sorted([*runtime.targets.names, *filter(None, [runtime.targets.template])]))}"
     queues = listed([queue.name for queue in runtime.queues()], 10)
+    if port is not None:
+        host, number = port.address
+        what += f", health and metrics at http://{f'[{host}]' if ':' in host else host}:{number}"
     with suppress(OSError, ValueError, AttributeError):  # closed, or not there at all
         print(safe(f"deferlib engine: store {store}, {what}, queues {queues}, pid {os.getpid()}"), flush=True)
 

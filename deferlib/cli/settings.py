@@ -24,6 +24,7 @@ FLAGS = {
     "concurrency": "--concurrency",
     "lease": "--lease",
     "grace": "--grace",
+    "port": "--port",
 }
 _HELP = {
     "store": ("DSN", f"the store: sqlite:///PATH, relative to the project root (default: {DEFAULT_STORE})"),
@@ -36,6 +37,7 @@ _HELP = {
     ),
     "lease": ("SECONDS", "how long a task stays claimed if the engine dies (default: 30)"),
     "grace": ("SECONDS", "how long running calls may go on after SIGTERM (default: 25)"),
+    "port": ("PORT", "the engine's port for health and metrics, on 127.0.0.1 or at HOST:PORT (default: off)"),
 }
 _PREFIX = "DEFERLIB_"
 _NOT_SETTINGS = frozenset({"DEFERLIB_FAILPOINT", "DEFERLIB_TESTS_NO_SKIP"})  # for deferlib's own tests

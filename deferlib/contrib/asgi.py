@@ -17,9 +17,10 @@ from http import HTTPStatus
 from typing import Any, TypeAlias
 
 from deferlib import attempt as attempts
-from deferlib import config, deadline, deferred, inbound, namespaces, payload, token
+from deferlib import config, deadline, deferred, inbound, namespaces, payload, task_logs, token, tracing
 from deferlib.access import ADMIN_KEY, Access, is_at_this_machine
 from deferlib.context import ENVIRON_KEY, Dispatch, call_taken, request_host, running
+from deferlib.contrib.outside import outside
 from deferlib.errors import DeadlineExceededError, TokenError
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -58,11 +59,12 @@ class Middleware:
                 _clean(scope)
                 if not await self._admit(scope):
                     return await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
-                await self.app(scope, receive, send)
+                await self.app(scope, *outside(receive, send))
             case _:  # lifespan
                 await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        receive, send = outside(receive, send)
         request_host.set(_host(scope))  # for this request: a server gives each a task, and so a context, of its own
         body = _Body(receive)
         deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
@@ -70,6 +72,8 @@ class Middleware:
             return await _respond(send, attempts.WRONG_METHOD)
         try:
             dispatch = await _identify(scope, body)
+            if dispatch is not None:
+                tracing.receive(_header(scope, tracing.PARENT), _header(scope, tracing.STATE))
             if deferred_call and scope["method"] == "GET":
                 return await _respond(send, _checkup(dispatch))
             if deferred_call:
@@ -84,12 +88,13 @@ class Middleware:
             return await self.app(scope, receive, send)
         task = running.set(dispatch.context)
         default = namespaces.default_namespace.set(dispatch.default_namespace)
+        task_logs.install()
         try:
-            with namespaces.namespace(dispatch.context.namespace):
+            with namespaces.namespace(dispatch.context.namespace), tracing.run(dispatch.context):
                 if deferred.is_at_queues_url(dispatch):
                     await self._call_or_view(dispatch, scope, body, send)
                 else:
-                    await self._attempt(dispatch, scope, body.replay, send)
+                    await self._attempt(dispatch, scope, body.replay, _noted(send))
         finally:
             namespaces.default_namespace.reset(default)
             running.reset(task)
@@ -126,7 +131,7 @@ class Middleware:
         if messages and not taken and messages[0].get("status", 500) < 500 and payload.is_envelope(data):
             return await _respond(send, await perform(dispatch, data))
         for message in messages:
-            await send(message)
+            await _noted(send)(message)
 
     async def _attempt(self, dispatch: Dispatch, scope: Scope, receive: Receive, send: Send) -> None:
         """Run a task's request to its end or its deadline."""
@@ -140,10 +145,22 @@ class Middleware:
         try:
             await deadline.limited(self.app(scope, receive, watched))
         except DeadlineExceededError as error:
+            tracing.failed(error)
             answer = attempts.stopped(dispatch.context, error)
             if started:  # the server breaks the answer off; some of them let nothing but an Exception do that
                 raise TimeoutError(answer.body) from error
             await _respond(send, answer)
+
+
+def _noted(send: Send) -> Send:
+    """Return *send* for the answer of a view, whose status the attempt's span is told."""
+
+    async def noted(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            tracing.answered(str(message.get("status")))
+        await send(message)
+
+    return noted
 
 
 def wrap_asgi_app(app: AsgiApp, *, is_admin: Callable[[Scope], object] | None = None) -> Middleware:

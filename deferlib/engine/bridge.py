@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 from deferlib import attempt as attempts
-from deferlib import deferred, inbound, payload
+from deferlib import deferred, inbound, payload, tracing
 from deferlib.context import ENVIRON_KEY, Dispatch
 from deferlib.contrib.asgi import AsgiApp, Message, Scope, wrap_asgi_app
 from deferlib.errors import AppError
@@ -75,7 +75,9 @@ class Bridge:
         if isinstance(dispatch, Dispatch) and environ["PATH_INFO"] == deferred.DEFAULT_URL:
             if environ["REQUEST_METHOD"] != "POST":
                 return attempts.WRONG_METHOD.respond(start_response)
-            answer = copy_context().run(attempts.perform, dispatch, inbound.read_body(environ), self._finish)
+            context = copy_context()
+            context.run(tracing.receive, environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE"))
+            answer = context.run(attempts.perform, dispatch, inbound.read_body(environ), self._finish)
             return answer.respond(start_response)
         body = inbound.read_body(environ)
         status, headers, answered = self._wait(_exchange(self._app, self._scope(environ), body))

@@ -16,6 +16,7 @@ from deferlib.engine.engine import Engine, no_step
 from deferlib.engine.local import LocalTransport, WsgiApp
 from deferlib.engine.observer import UNMONITORED, Monitor, Observer
 from deferlib.engine.transport import Transport
+from deferlib.outbound import NOWHERE
 from deferlib.targets import Targets
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def build(
         target=(Targets() if app is not None else runtime.targets).get,
         quarantine_after=round(runtime.settings["quarantine_after"] * SECOND),
         concurrency=runtime.settings["concurrency"] or CONCURRENCY,
-        origin=home_only if app is not None else runtime.settings["allow_urls"].origin,
+        origin=home_only if app is not None else (runtime.settings["allow_urls"] or NOWHERE).origin,
     )
     scheduler = Scheduler(rules, random.Random())
     transport = _transport(runtime, app)
@@ -88,5 +89,5 @@ def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:
         signer(runtime.ring, runtime.clock),
         runtime.clock,
         concurrency=concurrency or CONCURRENCY,
-        covers=runtime.settings["allow_urls"].covers,
+        covers=(runtime.settings["allow_urls"] or NOWHERE).covers,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, Result
@@ -15,6 +16,37 @@ class Observer(Protocol):
 
     def ended(self, now: Micros, claim: Claim, result: Result | None, outcome: Outcome) -> None:
         """*outcome* was decided of *claim*: because of *result*, or, where there is none, before it was delivered."""
+
+
+class Monitor(Protocol):
+    """Is told how the engine's turns go, on the engine's thread, and is around each: it must neither block nor raise."""
+
+    def __enter__(self) -> object:
+        """A turn begins."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """The turn has ended, with *error* if it failed."""
+
+    def lost(self, claim: Claim) -> None:
+        """The lease of *claim* was lost while it ran: its answer won't count."""
+
+
+class Unmonitored:
+    """The `Monitor` of an engine that nobody asks."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def lost(self, claim: Claim) -> None:
+        return
+
+
+UNMONITORED = Unmonitored()
 
 
 class Ending(NamedTuple):

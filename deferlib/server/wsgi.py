@@ -7,7 +7,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
-from deferlib import attempt, config, deadline, deferred, inbound, namespaces, payload
+from deferlib import attempt, config, deadline, deferred, inbound, namespaces, payload, task_logs, tracing
 from deferlib.access import ADMIN_KEY, Access, is_at_this_machine
 from deferlib.context import Dispatch, call_taken, request_host, running
 from deferlib.errors import DeadlineExceededError, TokenError
@@ -68,6 +68,13 @@ class Middleware:
         running.set(task)
         namespaces.set_namespace(task.namespace)
         namespaces.default_namespace.set(dispatch.default_namespace)
+        task_logs.install()
+        tracing.receive(environ.get("HTTP_TRACEPARENT"), environ.get("HTTP_TRACESTATE"))
+        with tracing.run(task):
+            return self._answer(dispatch, environ, start_response)
+
+    def _answer(self, dispatch: Dispatch, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        task = dispatch.context
         taken: list[bool] | None = None
         if self.use_deferred and deferred.is_at_queues_url(dispatch) and payload.is_envelope(inbound.read_body(environ)):
             taken = []
@@ -76,10 +83,12 @@ class Middleware:
         try:
             body = deadline.call(task, answer.collect, self.app, environ)
         except DeadlineExceededError as error:
+            tracing.failed(error)
             return attempt.stopped(task, error).respond(start_response)
         if answer.started is not None:
             if taken == [] and answer.started[0] < "5":  # an answer of a view that knows nothing of calls
                 return deferred.application(environ, start_response)
+            tracing.answered(answer.started[0])
             start_response(*answer.started)
         return body
 

@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
 
-from deferlib import outbound
 from deferlib.context import request_host
 from deferlib.core.model import SECOND, Micros
 from deferlib.errors import (
@@ -29,11 +28,13 @@ from deferlib.errors import (
 )
 from deferlib.limits import DAY, Limits
 from deferlib.namespaces import BadValueError, get_namespace, google_apps_namespace, validate_namespace
-from deferlib.outbound import AllowList
 from deferlib.targets import Targets
 from deferlib.taskqueue import limits as appengine
 from deferlib.taskqueue.headers import Headers, checked_value
 from deferlib.taskqueue.options import shown
+
+if TYPE_CHECKING:
+    from deferlib.outbound import AllowList
 
 log = logging.getLogger("deferlib.client")
 
@@ -97,8 +98,10 @@ def is_absolute(url: object) -> bool:
     return isinstance(url, str) and url[:1] != "/" and bool(_ABSOLUTE.match(url))
 
 
-def absolute_url_of(url: str, limits: Limits, allowed: AllowList) -> str:
+def absolute_url_of(url: str, limits: Limits, allowed: AllowList | None) -> str:
     """Return an absolute *url* as it is sent, if *allowed* has it."""
+    from deferlib import outbound  # a millisecond that few need
+
     if not allowed:
         raise InvalidUrlError(
             f"url {outbound.shown(url)}: a path that starts with '/' is needed, without scheme, host and fragment; for "

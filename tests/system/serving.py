@@ -108,6 +108,21 @@ SERVERS = {
     "werkzeug": Server(["-c", _WERKZEUG, "{port}"], graceful=False),
 }
 
+# One of each parser of HTTP, for what is said on the wire: one worker, behind a proxy that they trust where they can.
+PARSERS = {
+    "werkzeug": Server(["-c", _WERKZEUG, "{port}"]),
+    "gunicorn": _module(f"{_GUNICORN} --workers 1 served:wsgi"),
+    "gunicorn-gthread": _module(f"{_GUNICORN} --workers 1 --threads 4 served:proxied"),
+    "waitress": _module(
+        "waitress --listen=127.0.0.1:{port} --trusted-proxy=127.0.0.1 --trusted-proxy-headers=x-forwarded-for served:wsgi"
+    ),
+    "cheroot": _module("cheroot --bind 127.0.0.1:{port} --threads 30 served:wsgi"),
+    "granian": _module("granian --interface wsgi --port {port} --workers 1 --no-ws --log-level error served:wsgi"),
+    "granian-asgi": _module("granian --interface asgi --port {port} --workers 1 --no-ws --log-level error served:asgi"),
+    "uvicorn-h11": _module("uvicorn --port {port} --http h11 --log-level error served:asgi"),
+    "uvicorn-httptools": _module("uvicorn --port {port} --http httptools --log-level error served:asgi"),
+}
+
 
 class Web:
     """A site with the views, and the server under test."""

@@ -139,7 +139,7 @@ def test_plan_and_renewals_change_no_state() -> None:
     [
         (QueueRow(config=QueueConfig(name="default"), paused=True), "paused"),
         (QueueRow(config=QueueConfig(name="default", rate=0.0)), "paused: its rate is 0"),
-        (QueueRow(config=QueueConfig(name="default", mode=Mode.PULL)), "workers lease from a pull queue"),
+        (QueueRow(config=QueueConfig(name="default", mode=Mode.PULL)), "a pull queue: workers lease from it"),
     ],
 )
 def test_queue_on_hold_is_left_alone_and_says_why(row: QueueRow, reason: str) -> None:
