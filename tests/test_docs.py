@@ -41,6 +41,7 @@ MODULES = (
     "deferlib.deferred",
     "deferlib.taskqueue",
     "deferlib.namespaces",
+    "deferlib.task_logs",
     "deferlib.testing",
     "deferlib.contrib.asgi",
     "deferlib.errors",

@@ -50,6 +50,7 @@ class Middleware:
     ) -> None:
         self.app = app
         self.access: Access[Scope] = Access(task_only, is_admin)
+        task_logs.install()  # before the first record whose format names a task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match scope["type"]:

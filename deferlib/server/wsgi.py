@@ -27,6 +27,7 @@ class Middleware:
         self.app = app
         self.use_deferred = use_deferred
         self.access = access
+        task_logs.install()  # before the first record whose format names a task
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         if self.use_deferred and environ.get("PATH_INFO") == deferred.DEFAULT_URL:

@@ -31,6 +31,7 @@ HOMES = (
     "deferlib.deferred",
     "deferlib.taskqueue",
     "deferlib.namespaces",
+    "deferlib.task_logs",
     "deferlib.testing",
     "deferlib.contrib.asgi",
 )

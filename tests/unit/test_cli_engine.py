@@ -701,13 +701,6 @@ def test_log_of_the_app_is_shown_unless_it_has_set_up_its_own(site: Site) -> Non
     assert site.said().count("hello from own") == 1
 
 
-def test_setting_without_effect_is_warned_about(site: Site) -> None:
-    with site.engine("--app", "siteapp:app", DEFERLIB_PORT="8099") as engine:
-        end(engine)
-
-    assert "setting 'port' has no effect" in site.said()
-
-
 def test_what_a_command_paused_stays_paused_for_the_engine(site: Site) -> None:
     runtime = config.runtime()
     runtime.store.run(lambda tx: tx.put_queues([QueueConfig(name="default")], QueueSource.LIBRARY))

@@ -101,7 +101,8 @@ BAD: list[tuple[str, Any]] = [
     ("lease", 0), ("lease", "0"), ("lease", -1), ("lease", "nan"), ("lease", "inf"), ("lease", 86_401), ("lease", "30s"),
     ("lease", True), ("lease", [30]), ("lease", 10**400), ("lease", object()),
     ("grace", -0.1), ("grace", "x"), ("grace", float("nan")),
-    ("port", 0), ("port", 65_536), ("port", "http"), ("port", 80.5),
+    ("port", 0), ("port", 65_536), ("port", "http"), ("port", 80.5), ("port", ":9100"), ("port", "h:"), ("port", "h:0"),
+    ("port", "h:65536"), ("port", "::1:9100"), ("port", "[::1]"), ("port", "http://h:9100"), ("port", "a b:1"),
 ]  # fmt: skip
 
 
@@ -137,6 +138,7 @@ def test_bad_value_in_pyproject_names_it(project: Path, line: str) -> None:
     ("name", "value", "parsed"),
     [
         ("concurrency", "8", 8), ("concurrency", 8, 8), ("lease", "0.5", 0.5), ("grace", 0, 0.0), ("port", "8000", 8000),
+        ("port", "0.0.0.0:9100", "0.0.0.0:9100"), ("port", "[::1]:09100", "[::1]:9100"),
         ("app", "http://h/", "http://h"), ("app", "https://h:8443/base/", "https://h:8443/base"),
         ("app", "http://[::1]:8080", "http://[::1]:8080"), ("prefix", "/tasks", "/tasks"), ("prefix", "", ""),
         ("store", "sqlite:///:memory:", "sqlite:///:memory:"), ("queues", Path("q.yaml"), "q.yaml"),

@@ -376,7 +376,8 @@ def test_the_store_is_read_while_a_turn_holds_its_connections(site: Site) -> Non
     thread.start()
     inside.wait(10)
     try:
-        numbers = site.numbers.read()  # would wait for ever on the engine's connection
+        numbers = site.numbers.read()  # would wait for the engine's connection
+        assert thread.is_alive(), "it waited until the turn gave up"
     finally:
         go_on.set()
         thread.join()
