@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deferlib.cli.show import count, iso, print_json, relative, safe
 from deferlib.core.model import Decision, Micros, QueueStats, TaskRow
-from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine.troubles import conditions, slowdowns
 
 if TYPE_CHECKING:

@@ -13,12 +13,9 @@ from random import Random
 from typing import NamedTuple
 
 from deferlib.core import bucket
-from deferlib.core.backoff import may_retry, policy_of
+from deferlib.core.fitness import Fitness
 from deferlib.core.health import Ailment, Condition, Health
-from deferlib.core.malformed import malformed
 from deferlib.core.model import (
-    MINUTE,
-    SECOND,
     Action,
     Claim,
     ClaimSpec,
@@ -34,13 +31,11 @@ from deferlib.core.model import (
     TaskRow,
 )
 from deferlib.core.queue_state import QueueState
-from deferlib.core.verdict import UNTRUSTED, failed_fast, given_up, release, verdict
-from deferlib.errors import InvalidUrlError
+from deferlib.core.rules import Rules
+from deferlib.core.verdict import UNTRUSTED, verdict
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
-ISOLATION_DELAY: Micros = SECOND // 50
-UNRESOLVED_DELAY: Micros = 5 * SECOND
 NEVER: Micros = 2**62
 OVERLOADED = 503
 _AILMENTS = {
@@ -49,27 +44,6 @@ _AILMENTS = {
     Kind.TIMEOUT: Ailment.FAILING,
     Kind.MALFORMED: Ailment.FAILING,
 }
-
-
-def home_only(url: str) -> str:
-    """Refuse every URL that isn't a path of the app: `Rules.origin` of an engine that has only the app."""
-    raise InvalidUrlError(
-        "the url isn't a path of the app, and this engine calls the app in its own process; for absolute URLs run "
-        "`deferlib engine` without --app"
-    )
-
-
-class Rules(NamedTuple):
-    """What the scheduler goes by, beside the queues' own configuration."""
-
-    node: str  # this engine's name as an owner
-    target: Callable[[str], str | None]  # from a target's name to its base URL; None if there is no such target
-    lease: Micros = 30 * SECOND
-    in_process: bool = False
-    base: str = ""  # base URL of the default target
-    quarantine_after: Micros = 10 * MINUTE
-    concurrency: int = 32  # deliveries at once to one target
-    origin: Callable[[str], str] = home_only  # from an absolute URL to its origin; InvalidUrlError if it isn't allowed
 
 
 class Slowdown(NamedTuple):
@@ -100,6 +74,7 @@ class Scheduler:
         self._queues: dict[str, QueueState] = {}
         self._flights: dict[int, _Flight] = {}  # in order of renewal: every lease is equally long
         self._health = Health(rules.concurrency)
+        self._fitness = Fitness(rules, self._health, rng)
         self._throttled: set[str] = set()  # queues whose enforced rate has changed, untold
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
@@ -245,10 +220,11 @@ class Scheduler:
         full = {spec.queue for spec in specs if spec.fail_fast}
         refused, isolated = [], self._isolated
         for claim in claims:
-            outcome = self._unfit(now, claim, isolated, claim.queue in full)
+            config = self._config(claim.queue)
+            outcome = self._fitness.unfit(now, claim, config, isolated, claim.queue in full)
             if outcome is not None:
                 refused.append(outcome)
-            elif self._suspect(claim):
+            elif self._fitness.suspect(claim, config):
                 isolated = claim.id
         return refused
 
@@ -441,7 +417,7 @@ class Scheduler:
         if held is not None:
             decisions.append(Decision(f"queue {task.queue} is {held.reason}", held.until))
         target = queue.config.target or task.target
-        base = self._resolve(target)
+        base = self._rules.resolve(target)
         if base is None and not self._rules.in_process:
             decisions.append(Decision(f"target {target!r} is not configured"))
         elif base is not None and (held := self._health.hold(base, now)) is not None:
@@ -490,53 +466,14 @@ class Scheduler:
             queue.look_at = min(queue.look_at, at)
             queue.fast_at = min(queue.fast_at, at)
 
-    def _suspect(self, claim: Claim) -> bool:
-        """Tell whether this is the last chance of a task that may be killing its process."""
-        return self._rules.in_process and claim.lost >= max(self._config(claim.queue).lost_limit - 1, 1)
-
-    def _unfit(self, now: Micros, claim: Claim, isolated: int | None, full: bool) -> Outcome | None:
-        """Return the outcome of a claim that must not be sent, or None; none of a *full* queue may be."""
-        config = self._config(claim.queue)
-        if self._rules.in_process and claim.lost >= config.lost_limit:
-            return given_up(now, claim, config, f"lost: its process died {claim.lost} times while it ran")
-        problem = malformed(claim)
-        if problem:
-            return given_up(now, claim._replace(history=""), config, f"quarantine: the row is malformed: {problem}")
-        policy = policy_of(claim.retry, config.retry)
-        if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
-            return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
-        if full:
-            return failed_fast(now, claim, config, self._rng)
-        if _leaves(claim.url):
-            try:
-                self._rules.origin(claim.url)
-            except InvalidUrlError as error:  # not dropped: it may be the setting that is wrong
-                return release(claim, now + UNRESOLVED_DELAY, str(error))
-        elif self._rules.in_process:
-            # Suspects run one at a time, so that one of them takes no other with it.
-            if self._suspect(claim) and isolated not in (None, claim.id):
-                return release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
-        elif self._resolve(config.target or claim.target) is None:
-            target = config.target or claim.target
-            return release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
-        elif self._health:
-            base = self._resolve(config.target or claim.target) or ""
-            if not self._health.room(base, now, 1):  # its queue has another target, which is well
-                at = max(self._health.until(base), now + SECOND)
-                return release(claim, at, held.reason if (held := self._health.hold(base, now)) else "its target is slowed")
-        return None
-
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
         config = self._config(claim.queue)
-        if self._suspect(claim):
+        if self._fitness.suspect(claim, config):
             self._isolated = claim.id
         queue = self._queues.get(claim.queue)
         if queue is not None:
             queue.in_flight += 1
-        if _leaves(claim.url):
-            base = self._rules.origin(claim.url)
-        else:
-            base = self._resolve(config.target or claim.target) or self._rules.base
+        base = self._rules.destination(claim, config)
         self._flights[claim.id] = _Flight(claim, base, now + self._rules.lease // 3)
         if self._health:
             self._health.sent(base)
@@ -555,14 +492,8 @@ class Scheduler:
     def _in_flight_to(self, base: str) -> int:
         return sum(flight.base == base for flight in self._flights.values())
 
-    def _resolve(self, target: str) -> str | None:
-        """Return the base URL of *target*; None if there is no such target."""
-        if not target:
-            return self._rules.base
-        return self._rules.target(target)
-
     def _base(self, queue: QueueState) -> str:
-        return self._resolve(queue.config.target) or self._rules.base
+        return self._rules.resolve(queue.config.target) or self._rules.base
 
     def _has_slot(self, queue: QueueState, at: Micros, room: Callable[[str], int]) -> bool:
         base = self._base(queue)
@@ -571,11 +502,6 @@ class Scheduler:
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)
         return known.config if known is not None else QueueConfig(name=queue)
-
-
-def _leaves(url: str) -> bool:
-    """Tell whether *url* isn't a path: put behind a base URL, '@host' or '.host' would lead to another host."""
-    return url[:1] != "/" or url[1:2] == "/"
 
 
 def _count(claims: Iterable[Claim]) -> dict[str, int]:

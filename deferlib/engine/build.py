@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 from deferlib.config import Runtime
 from deferlib.core.model import SECOND, Micros
-from deferlib.core.scheduler import Rules, Scheduler, home_only
+from deferlib.core.rules import Rules, home_only
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine.engine import Engine, no_step
 from deferlib.engine.local import LocalTransport, WsgiApp
 from deferlib.engine.observer import UNMONITORED, Monitor, Observer

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from deferlib import config, payload
 from deferlib.context import moment
 from deferlib.core.model import SECOND, Delivery, Micros, Page, QueueConfig, QueueSource, Result, TaskRow, TaskState
-from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine.engine import Engine
 from deferlib.engine.inprocess import served
 from deferlib.engine.local import WsgiApp

@@ -8,7 +8,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
-from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine.engine import Engine
 from deferlib.errors import EnqueueUnknownError, StoreBusyError, StoreError, StoreFullError
 from tests.sim.oracle import Fence, must

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deferlib.core import backoff, bucket, scheduler, verdict
+from deferlib.core import backoff, bucket, fitness, verdict
 from deferlib.core.model import Action, Limiter, Outcome, Result
 from deferlib.core.scheduler import NEVER, Scheduler
 from deferlib.engine.engine import Engine
@@ -186,7 +186,7 @@ def failed_fast_though_slots_are_free(patch: pytest.MonkeyPatch) -> None:
 
 def failed_fast_and_charged(patch: pytest.MonkeyPatch) -> None:
     failed_fast = verdict.failed_fast
-    patch.setattr(scheduler, "failed_fast", lambda *arguments: failed_fast(*arguments)._replace(charged=1))
+    patch.setattr(fitness, "failed_fast", lambda *arguments: failed_fast(*arguments)._replace(charged=1))
 
 
 def failed_fast_a_transaction_later(patch: pytest.MonkeyPatch) -> None:

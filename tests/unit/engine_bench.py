@@ -10,7 +10,8 @@ from random import Random
 from typing import Any
 
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, NewTask, QueueConfig, QueueSource, Result, TaskRow
-from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine.engine import Engine
 from deferlib.engine.observer import Observer
 from deferlib.store.sqlite import SqliteStore

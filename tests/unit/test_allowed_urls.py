@@ -20,8 +20,8 @@ import deferlib
 from deferlib import config, deferred, testing
 from deferlib.cli import main
 from deferlib.context import SYSTEM_CLOCK
+from deferlib.core.fitness import UNRESOLVED_DELAY
 from deferlib.core.model import SECOND, Claim, Delivery, Kind, Micros, NewTask, TaskRow
-from deferlib.core.scheduler import UNRESOLVED_DELAY
 from deferlib.engine import exchange
 from deferlib.engine.build import build
 from deferlib.engine.http import HttpTransport

@@ -15,7 +15,8 @@ import deferlib
 from deferlib import cli, config
 from deferlib.core.health import Ailment, Condition
 from deferlib.core.model import SECOND, Action, ClaimSpec, Micros, Outcome, QueueRow, TaskRow
-from deferlib.core.scheduler import Rules, Scheduler, Slowdown
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler, Slowdown
 from deferlib.engine import troubles
 
 QUEUES: list[dict[str, Any]] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from deferlib.core.health import PAUSES, Ailment, Condition, Health
@@ -124,7 +126,7 @@ def test_target_ramps_up_once_it_answers(ailment: Ailment) -> None:
         rounds.append(room)
 
     assert rounds[:4] == [1, 2, 4, 8], "it doubles with each round"
-    assert all(later - sooner <= 2 for sooner, later in zip(rounds[5:], rounds[6:], strict=False)), "then it feels its way"
+    assert all(later - sooner <= 2 for sooner, later in pairwise(rounds[5:])), "then it feels its way"
     assert health.room(APP, NOW, FULL) == FULL
     assert [each.ailment for each in health.news()][-1] is None
 

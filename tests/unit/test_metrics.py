@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import deferlib
 from deferlib import config
 from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, QueueConfig, QueueSource, Result
-from deferlib.core.scheduler import Rules, Scheduler
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine import metrics as module
 from deferlib.engine.engine import Engine
 from deferlib.engine.metrics import Exposition, Histogram, Metrics, QueueNumbers, target_names

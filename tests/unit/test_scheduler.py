@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from deferlib.core import bucket
+from deferlib.core.fitness import ISOLATION_DELAY, UNRESOLVED_DELAY
 from deferlib.core.health import Ailment, Condition
 from deferlib.core.model import (
     DAY,
@@ -28,16 +29,8 @@ from deferlib.core.model import (
     RetryPolicy,
 )
 from deferlib.core.queue_state import FAST_PAUSE
-from deferlib.core.scheduler import (
-    CLAIM_BYTES,
-    FAST_CLAIM,
-    ISOLATION_DELAY,
-    NEVER,
-    UNRESOLVED_DELAY,
-    Rules,
-    Scheduler,
-    Slowdown,
-)
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import CLAIM_BYTES, FAST_CLAIM, NEVER, Scheduler, Slowdown
 from deferlib.core.verdict import NO_SLOT
 
 NOW = 1_000 * SECOND
