@@ -147,12 +147,12 @@ class Attempt:
     >>> attempt.answer.status  # doctest: +SKIP
     """
 
-    __slots__ = ("_default", "_dispatch", "_label", "_loading", "_namespace", "_running", "_span", "_task", "answer")
+    __slots__ = ("_default", "_dispatch", "_envelope", "_loading", "_namespace", "_running", "_span", "_task", "answer")
 
     def __init__(self, dispatch: Dispatch) -> None:
         self._dispatch = dispatch
         self._task = dispatch.context
-        self._label = ""
+        self._envelope: payload.Envelope | None = None
         self._loading = False
         self.answer = SUCCESS
 
@@ -176,7 +176,7 @@ class Attempt:
         task = self._task
         self._loading = True
         envelope = verify(data, task)
-        self._label = envelope.label
+        self._envelope = envelope
         tracing.name(envelope.label)
         loaded = Loaded(*payload.load_call(envelope))
         self._loading = False
@@ -201,7 +201,8 @@ class Attempt:
     def _judge(self, error: BaseException) -> Answer:
         """Return the answer that *error* amounts to, and log it."""
         task = self._task
-        who = (self._label or "a call", task.queue, task.name, task.attempt)
+        label = "" if self._envelope is None else self._envelope.label
+        who = (label or "a call", task.queue, task.name, task.attempt)
         text = payload.describe_error(error)
         if isinstance(error, SystemExit) and error.code == 1 and "gunicorn" in sys.modules:  # how it ends a worker
             text += " (the call took longer than gunicorn's --timeout, by default 30 s, or called sys.exit)"

@@ -83,10 +83,15 @@ class Envelope(NamedTuple):
     python_minor: int
     key_id: bytes
     binding: Binding
-    label: str
+    raw_label: str
     signature: bytes
     signed: bytes  # all that stands before the signature
     body: bytes
+
+    @property
+    def label(self) -> str:
+        """What the call calls, on one line: it is shown to people also where nobody has verified it."""
+        return one_line(self.raw_label, _LABEL_BYTES)
 
     def __repr__(self) -> str:
         return repr_without(self, "signature", "signed", "body")
@@ -218,17 +223,16 @@ def parse(data: bytes) -> Envelope:
         raise PayloadUnverifiedError("the payload is cut short")
     fields, start = [], _HEAD.size
     for length in lengths:
-        fields.append(data[start : start + length].decode("utf-8", "replace"))
+        fields.append(str(data[start : start + length], "utf-8", "replace") if length else "")
         start += length
     name, queue, url, namespace, label = fields
-    label = one_line(label, _LABEL_BYTES)  # shown to people also where nobody has verified it
     return Envelope(
         flags=flags,
         codec=codec,
         python_minor=minor,
         key_id=key_id,
         binding=Binding(id, name, queue, url, namespace),
-        label=label,
+        raw_label=label,
         signature=data[end : end + _SIGNATURE],
         signed=data[:end],
         body=data[end + _SIGNATURE :],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from random import Random
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from deferlib.core.verdict import UNTRUSTED, verdict
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 NEVER: Micros = 2**62
+_QUEUE = itemgetter(Claim._fields.index("queue"))
 OVERLOADED = 503
 _AILMENTS = {
     Kind.UNREACHABLE: Ailment.UNREACHABLE,
@@ -224,7 +226,7 @@ class Scheduler:
             outcome = self._fitness.unfit(now, claim, config, isolated, claim.queue in full)
             if outcome is not None:
                 refused.append(outcome)
-            elif self._fitness.suspect(claim, config):
+            elif claim.lost and self._fitness.suspect(claim, config):
                 isolated = claim.id
         return refused
 
@@ -291,14 +293,17 @@ class Scheduler:
     def settled(self, now: Micros, outcomes: Sequence[Outcome], accepted: Sequence[bool]) -> list[Claim]:
         """Take the committed settles; return the claims in flight that lost their lease to another one."""
         lost: list[Claim] = []
-        for outcome, ok in zip(outcomes, accepted, strict=True):
+        self.fenced += len(outcomes) - sum(accepted)
+        # Nearly all are DONE, and of those there is no more to be learned.
+        notable = [pair for pair in zip(outcomes, accepted, strict=True) if pair[0].action is not Action.DONE]
+        for outcome, ok in notable:
             if outcome.action is not Action.RENEW:
-                self.fenced += not ok
                 if outcome.action is Action.RETRY or outcome.action is Action.RELEASE:
                     self._due(outcome.queue, outcome.at)
                 continue
             flight = self._flights.get(outcome.id)
             if flight is None or flight.claim.claims != outcome.claims:
+                self.fenced -= not ok  # it is gone, and was counted when it went
                 continue
             if ok:
                 del self._flights[outcome.id]  # to the end: the order of renewal
@@ -306,7 +311,6 @@ class Scheduler:
                 flight.renew_at = now + self._rules.lease // 3
                 self._flights[outcome.id] = flight
             else:
-                self.fenced += 1
                 self._land(flight)
                 lost.append(flight.claim)
         return lost
@@ -377,8 +381,10 @@ class Scheduler:
         if flight is None or flight.claim.claims != result.claims:
             return None
         self._land(flight)
-        self._learn(now, flight, result)
-        config = self._config(flight.claim.queue)
+        queue = self._queues.get(flight.claim.queue)
+        if result.outcome != "ok" or self._health or (queue is not None and queue.throttle.rate is not None):
+            self._learn(now, flight, queue, result)
+        config = queue.config if queue is not None else QueueConfig(name=flight.claim.queue)
         after = self._rules.quarantine_after
         return verdict(now, flight.claim, result, config, quarantine_after=after, rng=self._rng)
 
@@ -426,9 +432,8 @@ class Scheduler:
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, now: Micros, flight: _Flight, result: Result) -> None:
+    def _learn(self, now: Micros, flight: _Flight, queue: QueueState | None, result: Result) -> None:
         """Learn from a delivery's end how its target and its queue are."""
-        queue = self._queues.get(flight.claim.queue)
         answered = result.kind is Kind.ANSWERED
         if answered and queue is not None:
             throttle = queue.throttle
@@ -468,7 +473,7 @@ class Scheduler:
 
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
         config = self._config(claim.queue)
-        if self._fitness.suspect(claim, config):
+        if claim.lost and self._fitness.suspect(claim, config):
             self._isolated = claim.id
         queue = self._queues.get(claim.queue)
         if queue is not None:
@@ -504,8 +509,6 @@ class Scheduler:
         return known.config if known is not None else QueueConfig(name=queue)
 
 
-def _count(claims: Iterable[Claim]) -> dict[str, int]:
-    got: dict[str, int] = {}
-    for claim in claims:
-        got[claim.queue] = got.get(claim.queue, 0) + 1
-    return got
+def _count(claims: Iterable[Claim]) -> Mapping[str, int]:
+    """Return how many of *claims* are of which queue; counted in C, since each turn asks several times."""
+    return Counter(map(_QUEUE, claims))

@@ -83,6 +83,7 @@ class Engine:
         self._unsettled: list[Outcome] = []
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
+        self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
         self._untold: list[Condition | Slowdown] = []  # what is slowed, or isn't any more, and is in no note yet
         self._hinted = True
         self._reread_at: Micros = 0
@@ -273,6 +274,7 @@ class Engine:
             taken = {claim.id: claim for claim in claims}
             for outcome in refused:
                 self._observer.ended(now, taken[outcome.id], None, outcome)
+        self._fresh_until = 0 if self._outbox else now + self._lease // 2
         self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
 
     def _settle(
@@ -300,9 +302,10 @@ class Engine:
         and never run, for as long as this engine lives.
         """
         now = self._clock.now()
+        fresh = now < self._fresh_until  # all of it was claimed in this turn, and the turn was quick
         while self._outbox:
             delivery = self._outbox.popleft()
-            if now >= self._scheduler.lease_end(delivery.claim) - self._lease // 10:
+            if not fresh and now >= self._scheduler.lease_end(delivery.claim) - self._lease // 10:
                 self._finish(now, _unsent(delivery, now, "the engine stalled"))
                 continue
             try:
