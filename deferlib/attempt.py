@@ -177,7 +177,8 @@ class Attempt:
         self._loading = True
         envelope = verify(data, task)
         self._envelope = envelope
-        tracing.name(envelope.label)
+        if tracing.is_running():
+            tracing.name(envelope.label)
         loaded = Loaded(*payload.load_call(envelope))
         self._loading = False
         return loaded

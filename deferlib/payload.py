@@ -221,11 +221,7 @@ def parse(data: bytes) -> Envelope:
     end = _HEAD.size + sum(lengths)
     if len(data) < end + _SIGNATURE:
         raise PayloadUnverifiedError("the payload is cut short")
-    fields, start = [], _HEAD.size
-    for length in lengths:
-        fields.append(str(data[start : start + length], "utf-8", "replace") if length else "")
-        start += length
-    name, queue, url, namespace, label = fields
+    name, queue, url, namespace, label = _texts(data[_HEAD.size : end], lengths)
     return Envelope(
         flags=flags,
         codec=codec,
@@ -237,6 +233,19 @@ def parse(data: bytes) -> Envelope:
         signed=data[:end],
         body=data[end + _SIGNATURE :],
     )
+
+
+def _texts(data: bytes, lengths: Sequence[int]) -> list[str]:
+    """Return the texts of these lengths, in bytes, that stand in *data* one after the other."""
+    whole: str | bytes = str(data, "utf-8", "replace")
+    if len(whole) != len(data):  # not all ASCII, as nearly always
+        whole = data
+    fields, start = [], 0
+    for length in lengths:
+        part = whole[start : start + length]
+        fields.append(part if isinstance(part, str) else str(part, "utf-8", "replace"))
+        start += length
+    return fields
 
 
 def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool = True) -> Envelope:

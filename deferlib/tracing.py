@@ -157,6 +157,11 @@ def answered(status: str) -> None:
         failed(None, f"HTTP {status[:3]}")
 
 
+def is_running() -> bool:
+    """Tell whether an attempt's span has begun."""
+    return _running.get() is not None
+
+
 def name(label: str) -> None:
     """Say which function the running attempt calls."""
     run = _running.get()

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
+from functools import lru_cache
 from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -245,26 +246,38 @@ def call(app: WsgiApp, delivery: Delivery, now: Micros, clock: Clock) -> Answer:
     return answer
 
 
+_SAME: dict[str, Any] = {
+    "SCRIPT_NAME": "",
+    "SERVER_NAME": "localhost",
+    "SERVER_PORT": "80",
+    "SERVER_PROTOCOL": "HTTP/1.1",
+    "HTTP_HOST": "localhost",
+    "wsgi.version": (1, 0),
+    "wsgi.url_scheme": "http",
+    "wsgi.multithread": True,
+    "wsgi.multiprocess": False,
+    "wsgi.run_once": False,
+}  # in every environ
+
+
+@lru_cache(256)  # most tasks have the same: 0.1 µs instead of 0.9
+def _split(url: str) -> tuple[str, str]:
+    """Return the path as WSGI has it, and the query."""
+    path, _, query = url.partition("?")
+    return unquote_to_bytes(path).decode("latin-1"), query
+
+
 def _environ(delivery: Delivery, now: Micros, clock: Clock) -> dict[str, Any]:
     claim = delivery.claim
-    path, _, query = claim.url.partition("?")
+    path, query = _split(claim.url)
     environ: dict[str, Any] = {
+        **_SAME,
         "REQUEST_METHOD": claim.method,
-        "SCRIPT_NAME": "",
-        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "PATH_INFO": path,
         "QUERY_STRING": query,
         "CONTENT_LENGTH": str(len(claim.body)),
-        "SERVER_NAME": "localhost",
-        "SERVER_PORT": "80",
-        "SERVER_PROTOCOL": "HTTP/1.1",
-        "HTTP_HOST": "localhost",
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
         "wsgi.input": io.BytesIO(claim.body),
         "wsgi.errors": sys.stderr,
-        "wsgi.multithread": True,
-        "wsgi.multiprocess": False,
-        "wsgi.run_once": False,
         ENVIRON_KEY: vouch(delivery, now, clock),
         BODY_KEY: claim.body,  # saves the handler reading it: 1.5 µs
     }
