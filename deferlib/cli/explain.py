@@ -51,7 +51,8 @@ def explain(it: Opened, tx: Tx, now: Micros, row: TaskRow) -> Explanation:
     )
     scheduler = Scheduler(rules, Random(0))
     scheduler.configure(queues)
-    scheduler.restore(conditions(notes, now), slowed.values(), {name: each.in_flight for name, each in stats.items()})
+    in_flight = {name: each.in_flight for name, each in stats.items()}
+    scheduler.restore(now, conditions(notes, now), slowed.values(), in_flight)
     reasons = scheduler.explain(now, row)
     if not it.store.served():
         reasons.insert(0, Decision("no engine serves the store: start `deferlib engine`, or `deferlib dev`"))

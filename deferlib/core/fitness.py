@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 from deferlib.core.backoff import may_retry, policy_of
-from deferlib.core.health import Health
 from deferlib.core.malformed import malformed
 from deferlib.core.model import SECOND, Claim, Micros, Outcome, QueueConfig
 from deferlib.core.rules import Rules, leaves
@@ -17,11 +16,10 @@ UNRESOLVED_DELAY: Micros = 5 * SECOND
 
 
 class Fitness:
-    """Judges claims by an engine's rules, and by how its targets are. Changes nothing."""
+    """Judges claims by an engine's rules. Changes nothing."""
 
-    def __init__(self, rules: Rules, health: Health, rng: Random) -> None:
+    def __init__(self, rules: Rules, rng: Random) -> None:
         self._rules = rules
-        self._health = health
         self._rng = rng
 
     def suspect(self, claim: Claim, config: QueueConfig) -> bool:
@@ -57,7 +55,4 @@ class Fitness:
         base = self._rules.resolve(target)
         if base is None:
             return release(claim, now + UNRESOLVED_DELAY, f"target {target!r} is not configured")
-        held = self._health.hold(base, now) if self._health else None
-        if held is not None:  # only its own target's trouble: its queue's is well
-            return release(claim, max(self._health.until(base), now + SECOND), held.reason)
         return None

@@ -17,6 +17,8 @@ from deferlib.core.model import SECOND, Decision, Micros
 ENOUGH = 3.0  # troubles that count: one alone may be about its request (a proxy that rewrites an odd URL)
 FORGIVEN = 0.5  # of a trouble, by each answer: a target is in trouble where more than a third of its deliveries are
 _TOLD_EVERY: Micros = SECOND
+_FORGOTTEN: Micros = 30 * SECOND
+_LIVELY: Micros = 6 * SECOND  # longer than a connection may take to be made
 
 
 class Ailment(StrEnum):
@@ -48,6 +50,8 @@ class Condition(NamedTuple):
 class _State:
     __slots__ = (
         "ailment",
+        "growing_at",
+        "troubled_at",
         "in_flight",
         "limit",
         "pause",
@@ -69,8 +73,10 @@ class _State:
         self.threshold = 0.0
         self.since: Micros = 0
         self.until: Micros = 0
+        self.growing_at: Micros = 0  # from when on the limit doubles each second by itself; 0: it doesn't
         self.pause: Micros = 0
         self.shrunk_at: Micros = 0
+        self.troubled_at: Micros = 0
         self.told_at: Micros = 0
 
 
@@ -93,6 +99,7 @@ class Health:
         """Take a delivery, *started* then, that ended in trouble; *in_flight* counts what is still on its way."""
         state = self._states.setdefault(base, _State())
         state.score += 1
+        state.troubled_at = now
         # What was on its way when the target was limited says nothing new.
         if state.score < ENOUGH or now < state.until or started < state.shrunk_at:
             return
@@ -103,11 +110,11 @@ class Health:
         if ailment in PAUSES:
             first, longest = PAUSES[ailment]
             state.pause = min(max(2 * state.pause, first), longest)
-            state.until = now + state.pause
+            state.until, state.growing_at = now + state.pause, 0
             state.limit, state.threshold = 1.0, max(self._full / 2, 1.0)
         else:
             state.limit = state.threshold = max(state.limit / 2, 1.0)
-            state.score = 0.0
+            state.score, state.growing_at = 0.0, 0
         self._tell(base, state, now)
 
     def answered(self, base: str, now: Micros) -> None:
@@ -121,27 +128,38 @@ class Health:
                 del self._states[base]
             return
         if state.until:  # it was closed
+            state.limit = max(state.limit, float(self._limit(state, now)))
             state.until = state.pause = 0
+            state.growing_at = now + SECOND
             state.score = 0.0
             state.told_at = 0
         state.limit += 1.0 if state.limit < state.threshold else 1.0 / state.limit
-        if state.limit >= self._full:
+        if self._limit(state, now) >= self._full:
             del self._states[base]
             self._news.append(Condition(base, state.since, None))
         elif now - state.told_at >= _TOLD_EVERY:
             self._tell(base, state, now)
 
-    def restore(self, condition: Condition) -> None:
+    def restore(self, condition: Condition, in_flight: int) -> None:
         """Be as another engine's, as it has told."""
         state = self._states[condition.base] = _State()
+        state.in_flight = in_flight
         state.ailment, state.reason, state.since = condition.ailment, condition.reason, condition.since
         state.limit, state.until = float(condition.limit), condition.until
 
-    def sent(self, base: str) -> None:
+    def forget(self, now: Micros) -> None:
+        """Forget targets that nothing was sent to for a while: how they are now isn't known."""
+        for base, state in list(self._states.items()):
+            if not state.in_flight and now - max(state.until, state.troubled_at) > _FORGOTTEN:
+                del self._states[base]
+
+    def sent(self, base: str, now: Micros) -> None:
         """Count a delivery on its way to *base*."""
         state = self._states.get(base)
         if state is not None:
             state.in_flight += 1
+            if state.until and not state.growing_at:
+                state.growing_at = now + _LIVELY
 
     def landed(self, base: str) -> None:
         """Count one that has ended, however it did."""
@@ -156,7 +174,18 @@ class Health:
         state = self._states.get(base)
         if state is None or state.ailment is None:
             return free
-        return 0 if now < state.until else max(0, min(free, int(state.limit) - state.in_flight))
+        return 0 if now < state.until else max(0, min(free, self._limit(state, now) - state.in_flight))
+
+    def _limit(self, state: _State, now: Micros) -> int:
+        """Return how many deliveries at once *state* allows.
+
+        What has been on its way to a target that was closed for longer than `_LIVELY` has surely been taken there: from
+        then on the limit doubles each second. Else tasks that take long would be back at their old pace after an hour.
+        """
+        limit = state.limit
+        if state.growing_at and now > state.growing_at and state.in_flight:
+            limit = min(limit * 2 ** min((now - state.growing_at) / SECOND, 30.0), self._full)
+        return int(limit)
 
     def until(self, base: str) -> Micros:
         """Return when *base*, which is closed, is tried again; 0 if it isn't closed."""
@@ -171,6 +200,14 @@ class Health:
         if state.ailment in PAUSES and state.until:
             return Decision(f"target {base} {state.ailment}: {state.reason}", state.until if now < state.until else None)
         return Decision(f"target {base} {state.ailment}, and is at {state.in_flight}/{int(state.limit)} deliveries")
+
+    def conditions(self) -> list[Condition]:
+        """Return the targets in trouble."""
+        return [
+            Condition(base, state.since, state.ailment, state.reason, int(state.limit), state.until)
+            for base, state in self._states.items()
+            if state.ailment is not None
+        ]
 
     def news(self) -> list[Condition]:
         """Return and forget what has changed."""

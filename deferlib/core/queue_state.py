@@ -14,7 +14,7 @@ class QueueState:
 
     __slots__ = (
         *("config", "fast_at", "fast_looked", "in_flight", "interval", "look_at", "owned_by_other_until", "paused", "tat"),
-        *("disabled", "flown", "flown_at", "throttle"),
+        *("disabled", "flown", "flown_at", "owned_until", "served", "throttle"),
     )
 
     def __init__(self, name: str) -> None:
@@ -30,10 +30,13 @@ class QueueState:
         self.fast_at: Micros = 0  # when a fail-fast task may be due, of use while no slot is free
         self.fast_looked: Micros = 0  # when that was last looked up
         self.owned_by_other_until: Micros = 0
+        self.owned_until: Micros = 0  # by whoever owns it, as its row says
+        self.served = 0  # in which turn something of it was claimed last
         self.throttle = Throttle()
 
     def configure(self, row: QueueRow) -> None:
         self.tat = row.tat
+        self.owned_until = row.owned_until
         if (row.config, row.paused, row.disabled) != (self.config, self.paused, self.disabled):
             self.look_at = 0
         self.config = row.config
@@ -80,6 +83,14 @@ class QueueState:
             until = bucket.next_token(self.tat, self.interval, config.bucket_size, now)
             return Decision(reason="waiting for a token", until=until)
         return self.throttle.hold(now)
+
+    @property
+    def gathering(self) -> Micros:
+        """How much longer to wait for tokens than for the first: each turn is a commit, a hundred a second are enough."""
+        rate = self.config.rate
+        if not self.interval or not rate:
+            return 0
+        return (min(self.config.bucket_size, max(int(rate / 100), 1)) - 1) * self.interval
 
     def allowance(self, now: Micros) -> int:
         """Return how many tasks the queue's own limits let through at *now*."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import itemgetter
+from contextlib import suppress
+from operator import attrgetter, itemgetter
 from random import Random
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from deferlib.core import bucket
 from deferlib.core.fitness import Fitness
 from deferlib.core.health import Ailment, Condition, Health
 from deferlib.core.model import (
+    SECOND,
     Action,
     Claim,
     ClaimSpec,
@@ -32,14 +34,18 @@ from deferlib.core.model import (
     TaskRow,
 )
 from deferlib.core.queue_state import QueueState
-from deferlib.core.rules import Rules
-from deferlib.core.verdict import UNTRUSTED, verdict
+from deferlib.core.rules import Rules, leaves
+from deferlib.core.verdict import UNTRUSTED, release, verdict
+from deferlib.errors import InvalidUrlError
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 NEVER: Micros = 2**62
+_served = attrgetter("served")
 _QUEUE = itemgetter(Claim._fields.index("queue"))
 OVERLOADED = 503
+FIRST_PUT_OFF: Micros = SECOND
+LONGEST_PUT_OFF: Micros = 30 * SECOND
 _AILMENTS = {
     Kind.UNREACHABLE: Ailment.UNREACHABLE,
     Kind.UNKNOWN: Ailment.FAILING,
@@ -76,8 +82,9 @@ class Scheduler:
         self._queues: dict[str, QueueState] = {}
         self._flights: dict[int, _Flight] = {}  # in order of renewal: every lease is equally long
         self._health = Health(rules.concurrency)
-        self._fitness = Fitness(rules, self._health, rng)
+        self._fitness = Fitness(rules, rng)
         self._throttled: set[str] = set()  # queues whose enforced rate has changed, untold
+        self._put_off: dict[str, tuple[Micros, Micros]] = {}  # by target: for how long tasks are put off, and since when
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
         self._draining = False
@@ -126,8 +133,7 @@ class Scheduler:
         ready = [queue for queue in self._queues.values() if queue.look_at <= now and queue.hold(now) is None]
         if not ready:
             return []
-        start = self._turn % len(ready)
-        ready = ready[start:] + ready[:start]
+        ready.sort(key=_served)  # who was served longest ago comes first, and so does who comes short
         bases = [self._base(queue) for queue in ready]
         left = {base: self._health.room(base, now, room(base)) for base in set(bases)}
         share = {base: -(-free // bases.count(base)) for base, free in left.items()}
@@ -212,7 +218,9 @@ class Scheduler:
             if self._queues[spec.queue].fast_at <= now and (spec.fail_fast or got.get(spec.queue, 0) >= spec.limit)
         ]
 
-    def refusals(self, now: Micros, specs: Iterable[ClaimSpec], claims: Iterable[Claim]) -> list[Outcome]:
+    def refusals(
+        self, now: Micros, specs: Iterable[ClaimSpec], claims: Iterable[Claim], room: Callable[[str], int]
+    ) -> list[Outcome]:
         """Return the outcomes of those *claims* of *specs* that may not be sent.
 
         They are past their limits, without a target, to run alone, or don't wait for a slot and found none. Changes no
@@ -221,14 +229,45 @@ class Scheduler:
         """
         full = {spec.queue for spec in specs if spec.fail_fast}
         refused, isolated = [], self._isolated
+        left: dict[str, int] = {}  # room of the targets that claims have beside their queue's
         for claim in claims:
             config = self._config(claim.queue)
             outcome = self._fitness.unfit(now, claim, config, isolated, claim.queue in full)
+            if outcome is None and (claim.target or claim.url[:2] == "//" or claim.url[:1] != "/"):
+                outcome = self._crowded_out(now, claim, config, left, room)
             if outcome is not None:
                 refused.append(outcome)
             elif claim.lost and self._fitness.suspect(claim, config):
                 isolated = claim.id
         return refused
+
+    def refunds(self, specs: Iterable[ClaimSpec], refusals: Iterable[Outcome]) -> dict[str, Micros]:
+        """Return what the limiters get back, as `Tx.refund` takes it: what isn't sent costs no tokens."""
+        intervals = {spec.queue: spec.interval for spec in specs if spec.interval and not spec.fail_fast}
+        back: dict[str, Micros] = {}
+        for outcome in refusals:
+            if outcome.queue in intervals:
+                back[outcome.queue] = back.get(outcome.queue, 0) + intervals[outcome.queue]
+        return back
+
+    def _crowded_out(
+        self, now: Micros, claim: Claim, config: QueueConfig, left: dict[str, int], room: Callable[[str], int]
+    ) -> Outcome | None:
+        """Return the outcome of a fit claim whose own target has no room; its queue was asked for by another one's.
+
+        It is put off for longer and longer, as long as that target has none: or the same tasks would come again and again.
+        """
+        base = self._rules.destination(claim, config)
+        if self._rules.in_process or base == self._base(self._queues[claim.queue]):
+            return None
+        if base not in left:
+            left[base] = self._health.room(base, now, room(base))
+        left[base] -= 1
+        if left[base] >= 0:
+            return None
+        held = self._health.hold(base, now)
+        until = max(self._health.until(base), now + self._put_off.get(base, (FIRST_PUT_OFF, now))[0])
+        return release(claim, until, held.reason if held is not None else f"target {base} takes no more at once")
 
     def renewals(self, now: Micros) -> list[Outcome]:
         """Return the renewals due at *now*. Changes no state."""
@@ -267,7 +306,7 @@ class Scheduler:
                 continue
             closed = queue.closed(now)
             if closed is not None:
-                look_at = NEVER if closed.until is None else max(look_at, closed.until)
+                look_at = NEVER if closed.until is None else max(look_at, closed.until + queue.gathering)
             look_at = max(look_at, self._health.until(self._base(queue))) if self._health else look_at
             if look_at < at and not self._has_slot(queue, look_at, room):  # then only what doesn't wait for one counts
                 look_at = max(look_at, queue.fast_at)
@@ -323,7 +362,7 @@ class Scheduler:
         due: Mapping[str, Micros],
         owned: Mapping[str, Limiter],
         wanted: Iterable[str],
-        refusals: Iterable[Outcome] = (),
+        refusals: Sequence[Outcome] = (),
     ) -> list[Delivery]:
         """Take the committed claims of *specs*, without the refused ones, and what else the transaction read.
 
@@ -332,18 +371,40 @@ class Scheduler:
         """
         self._turn += 1
         got = _count(claims)
+        self._note_put_off(now, claims, refusals)
         for name in wanted:
             self._owned(name, now, owned.get(name))
+        refunds = self.refunds(specs, refusals)
         for spec in specs:
             queue, count = self._queues[spec.queue], got.get(spec.queue, 0)
             if count < spec.limit and not spec.fail_fast:
                 queue.look_at = due.get(spec.queue, NEVER)
             if count:
+                queue.served = self._turn
                 queue.throttle.dispatched(count, now)
             if count and spec.interval:
-                queue.tat = bucket.spent(queue.tat, spec.interval, count, now)
+                queue.tat = bucket.spent(queue.tat, spec.interval, count, now) - refunds.get(spec.queue, 0)
         refused = {outcome.id for outcome in refusals}
         return [self._deliver(now, claim) for claim in claims if claim.id not in refused]
+
+    def _note_put_off(self, now: Micros, claims: Sequence[Claim], refusals: Iterable[Outcome]) -> None:
+        """Put tasks of a target off for longer if it had no room again, up to `LONGEST_PUT_OFF`; forget those that have."""
+        released = {outcome.id for outcome in refusals if outcome.action is Action.RELEASE}
+        if not released and not self._put_off:
+            return
+        for claim in claims:
+            if not claim.target and claim.url[:1] == "/":
+                continue
+            config = self._config(claim.queue)
+            with suppress(InvalidUrlError):
+                base = self._rules.destination(claim, config)
+                if claim.id not in released:
+                    self._put_off.pop(base, None)
+                elif (known := self._put_off.get(base)) is None or now - known[1] >= known[0] // 2:
+                    length = FIRST_PUT_OFF if known is None else min(2 * known[0], LONGEST_PUT_OFF)
+                    self._put_off[base] = length, now
+        while len(self._put_off) > 1_000:  # origins of absolute URLs can be any number
+            self._put_off.pop(next(iter(self._put_off)))
 
     def flown(self, now: Micros, tasks: Mapping[str, int]) -> None:
         """Take what the store was told to be in flight."""
@@ -382,33 +443,55 @@ class Scheduler:
             return None
         self._land(flight)
         queue = self._queues.get(flight.claim.queue)
-        if result.outcome != "ok" or self._health or (queue is not None and queue.throttle.rate is not None):
+        if result.outcome != "ok" or self._health:
             self._learn(now, flight, queue, result)
         config = queue.config if queue is not None else QueueConfig(name=flight.claim.queue)
         after = self._rules.quarantine_after
         return verdict(now, flight.claim, result, config, quarantine_after=after, rng=self._rng)
 
-    def news(self) -> list[Condition | Slowdown]:
+    def news(self, now: Micros) -> list[Condition | Slowdown]:
         """Return and forget which targets and queues are slowed now, and which are as before."""
-        slowdowns = [
-            Slowdown(name, queue.throttle.since, queue.throttle.rate, queue.throttle.hold_until)
-            for name in sorted(self._throttled)
-            if (queue := self._queues.get(name)) is not None
-        ]
-        self._throttled.clear()
+        changed, self._throttled = self._throttled, set()
+        slowdowns = [each for each in self.slowdowns(now) if each.queue in changed]
         return [*self._health.news(), *slowdowns]
+
+    def recovered(self, now: Micros) -> list[Slowdown]:
+        """Return and forget which queues aren't slowed any more: that comes with time alone, so it is to be asked for."""
+        self._health.forget(now)
+        return [
+            Slowdown(name, queue.throttle.since, None, 0)
+            for name, queue in self._queues.items()
+            if queue.throttle.active and queue.throttle.ended(now, queue.config.rate)
+        ]
+
+    def slowdowns(self, now: Micros) -> list[Slowdown]:
+        """Return the queues that are slowed."""
+        return [
+            Slowdown(name, queue.throttle.since, queue.throttle.rate(now), queue.throttle.hold_until)
+            for name, queue in self._queues.items()
+            if queue.throttle.active
+        ]
+
+    def conditions(self) -> list[Condition]:
+        """Return the targets in trouble."""
+        return self._health.conditions()
 
     # --- explaining -------------------------------------------------------------------------------------------------
 
-    def restore(self, conditions: Iterable[Condition], slowdowns: Iterable[Slowdown], in_flight: Mapping[str, int]) -> None:
+    def restore(
+        self, now: Micros, conditions: Iterable[Condition], slowdowns: Iterable[Slowdown], in_flight: Mapping[str, int]
+    ) -> None:
         """Be as the engines of the store are, as they have told: to explain what they do, not to work beside them."""
-        for condition in conditions:
-            self._health.restore(condition)
-        for slowdown in slowdowns:
-            if slowdown.queue in self._queues:
-                self._queues[slowdown.queue].throttle.restore(slowdown.rate, slowdown.since, slowdown.until)
         for name, count in in_flight.items():
             self._queues[name].in_flight = count
+        for condition in conditions:
+            self._health.restore(condition, self._flying_to(condition.base))
+        for slowdown in slowdowns:
+            if slowdown.queue in self._queues and slowdown.rate is not None:
+                self._queues[slowdown.queue].throttle.restore(slowdown.rate, slowdown.since, slowdown.until, now)
+
+    def _flying_to(self, base: str) -> int:
+        return sum(queue.in_flight for queue in self._queues.values() if self._base(queue) == base)
 
     def explain(self, now: Micros, task: TaskRow) -> list[Decision]:
         """Return what holds a live, unleased *task* back at *now*; nothing: it is started as soon as it is its turn."""
@@ -423,11 +506,19 @@ class Scheduler:
         if held is not None:
             decisions.append(Decision(f"queue {task.queue} is {held.reason}", held.until))
         target = queue.config.target or task.target
-        base = self._rules.resolve(target)
-        if base is None and not self._rules.in_process:
+        if leaves(task.url):
+            try:
+                base: str | None = self._rules.origin(task.url)
+            except InvalidUrlError as error:
+                return [*decisions, Decision(str(error))]
+        else:
+            base = self._rules.resolve(target)
+        if base is None:
             decisions.append(Decision(f"target {target!r} is not configured"))
-        elif base is not None and (held := self._health.hold(base, now)) is not None:
+        elif (held := self._health.hold(base, now)) is not None:
             decisions.append(held)
+        elif (flying := self._flying_to(base)) >= self._rules.concurrency:
+            decisions.append(Decision(f"target {base} is at {flying}/{self._rules.concurrency} deliveries"))
         return decisions
 
     # --- deciding ---------------------------------------------------------------------------------------------------
@@ -435,13 +526,9 @@ class Scheduler:
     def _learn(self, now: Micros, flight: _Flight, queue: QueueState | None, result: Result) -> None:
         """Learn from a delivery's end how its target and its queue are."""
         answered = result.kind is Kind.ANSWERED
-        if answered and queue is not None:
-            throttle = queue.throttle
-            if result.status == OVERLOADED and not result.outcome:
-                if throttle.overloaded(now, result.retry_after):
-                    self._throttled.add(queue.config.name)
-            elif throttle.rate is not None and throttle.accepted(now, queue.config.rate):
-                self._throttled.add(queue.config.name)
+        overloaded = answered and result.status == OVERLOADED and not result.outcome
+        if overloaded and queue is not None and queue.throttle.overloaded(now, result.retry_after):
+            self._throttled.add(queue.config.name)
         if self._rules.in_process:  # nothing is between us
             return
         ailment = Ailment.REFUSING if result.outcome == UNTRUSTED else _AILMENTS.get(result.kind)
@@ -459,7 +546,8 @@ class Scheduler:
             return
         if limiter is None:
             # Ask again within the lease: the owner may have gone, and its ownership ends with its last lease.
-            queue.owned_by_other_until = now + self._rules.lease // 4
+            again = now + self._rules.lease // 4
+            queue.owned_by_other_until = min(again, queue.owned_until) if queue.owned_until > now else again
         else:
             queue.owned_by_other_until = 0
             queue.tat = limiter.tat
@@ -481,7 +569,7 @@ class Scheduler:
         base = self._rules.destination(claim, config)
         self._flights[claim.id] = _Flight(claim, base, now + self._rules.lease // 3)
         if self._health:
-            self._health.sent(base)
+            self._health.sent(base, now)
         return Delivery(claim, base, claim.deadline or config.deadline)
 
     def _land(self, flight: _Flight) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from deferlib.clock import Clock
 from deferlib.core import bucket
-from deferlib.core.health import Condition
 from deferlib.core.model import (
     MINUTE,
     SECOND,
@@ -26,7 +25,7 @@ from deferlib.core.model import (
     QueueRow,
     Result,
 )
-from deferlib.core.scheduler import Scheduler, Slowdown
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine import troubles
 from deferlib.engine.observer import UNMONITORED, Monitor, Observer
 from deferlib.engine.transport import ERROR_LENGTH, Transport
@@ -84,7 +83,8 @@ class Engine:
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
-        self._untold: list[Condition | Slowdown] = []  # what is slowed, or isn't any more, and is in no note yet
+        self._told = ""  # by the note in the store, of what is slowed
+        self._told_at: Micros = 0
         self._hinted = True
         self._reread_at: Micros = 0
         self._sweep_at: Micros = clock.now() + _SWEEP
@@ -161,6 +161,7 @@ class Engine:
             return
         with self._store.begin() as tx:
             tx.disown(self._node)
+            tx.put_note(troubles.NOTE + self._node, "")
 
     @property
     def in_flight(self) -> int:
@@ -201,8 +202,6 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
-        if self._untold:
-            self._tell(now)
         outcomes = self._unsettled + self._scheduler.renewals(now)
         specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
         if outcomes or specs:  # an idle turn opens no transaction
@@ -233,7 +232,8 @@ class Engine:
         while self._answers:
             self._step("answer")
             self._finish(now, self._answers.popleft())
-        self._untold += self._scheduler.news()
+        for news in self._scheduler.news(now):
+            troubles.tell(now, news)
 
     def _finish(self, now: Micros, result: Result) -> None:
         claim = self._scheduler.claim_of(result)
@@ -254,8 +254,9 @@ class Engine:
             self._step("settle")
             specs = self._scheduler.admit(now, specs, owned)
             claims = tx.claim(now, specs)
-            refused = self._scheduler.refusals(now, specs, claims)
+            refused = self._scheduler.refusals(now, specs, claims, self._transport.room)
             tx.settle(now, refused)
+            tx.refund(self._scheduler.refunds(specs, refused))
             self._step("claim")
             due = tx.next_due(self._scheduler.drained(specs, claims))
             filled = self._scheduler.filled(now, specs, claims)
@@ -330,21 +331,27 @@ class Engine:
         if now >= self._reread_at:
             self._scheduler.configure(self._rows(now))
             self._reread_at = now + _REREAD
+            for recovered in self._scheduler.recovered(now):
+                troubles.tell(now, recovered)
+            self._note(now)
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP  # before trying: on a full disk a sweep must fail one turn, not all of them
             with self._store.begin() as tx:
                 swept = tx.sweep(now, _SWEEP_SLICE)
+                for name in troubles.stale(tx.notes(), now):
+                    tx.put_note(name, "")
             if swept:
                 self._sweep_at = now + SECOND // 10
 
-    def _tell(self, now: Micros) -> None:
-        """Tell what is slowed and what isn't any more; if the store fails, it isn't told there."""
-        untold, self._untold = self._untold, []
-        for news in untold:
-            troubles.tell(now, news)
+    def _note(self, now: Micros) -> None:
+        """Leave a note of what is slowed, once it has changed, and every so often: an old one is a killed engine's."""
+        told = troubles.note_of(self._scheduler.conditions(), self._scheduler.slowdowns(now))
+        renewed = now - self._told_at < troubles.RENEW or not self._scheduler.in_flight
+        if told == self._told and (not told or renewed):
+            return
         with self._store.begin(durable=False) as tx:
-            for news in untold:
-                troubles.note(tx, now, news)
+            tx.put_note(troubles.NOTE + self._node, troubles.dated(told, now))
+        self._told, self._told_at = told, now
 
     def _rows(self, now: Micros) -> list[QueueRow]:
         """Read the queues; a limiter that is ahead of any that the queue's rate could have made is set right."""

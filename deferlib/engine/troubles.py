@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deferlib.core.health import PAUSES, Ailment, Condition
 from deferlib.core.model import MINUTE, SECOND, Micros
 from deferlib.core.scheduler import Slowdown
-from deferlib.store import Tx
 
 log = logging.getLogger("deferlib.engine")
 
-_TARGET, _QUEUE = "target ", "slowed queue "  # and its base URL, or its name
-_STALE: Micros = 2 * MINUTE  # a note is renewed each half minute, or is a killed engine's
+NOTE = "slowed by "  # and the engine's name
+RENEW: Micros = MINUTE // 2
+_STALE: Micros = 2 * MINUTE
+_MOST = 100  # targets, or queues
 
 
 def tell(now: Micros, news: Condition | Slowdown) -> None:
@@ -40,30 +41,52 @@ def tell(now: Micros, news: Condition | Slowdown) -> None:
             log.warning("queue %s is slowed to %.3g/s: its target is overloaded (503)", news.queue, news.rate)
 
 
-def note(tx: Tx, now: Micros, news: Condition | Slowdown) -> None:
-    """Leave or take away the note of a target or a queue."""
-    if isinstance(news, Condition):
-        tx.put_note(_TARGET + news.base, _text(news, now) if news.ailment is not None else "")
-    else:
-        tx.put_note(_QUEUE + news.queue, _text(news, now) if news.rate is not None else "")
+def note_of(conditions: Sequence[Condition], slowdowns: Sequence[Slowdown]) -> str:
+    """Return what an engine's note says of the targets and queues that it has slowed; '' for none."""
+    if not conditions and not slowdowns:
+        return ""
+    slowed = [each._replace(rate=each.rate and float(f"{each.rate:.2g}")) for each in slowdowns]
+    return json.dumps({"targets": conditions[:_MOST], "queues": slowed[:_MOST]})
 
 
-def _text(news: Condition | Slowdown, now: Micros) -> str:
-    return json.dumps({**news._asdict(), "at": now})
+def dated(text: str, now: Micros) -> str:
+    """Return the note *text* with its time, for `stale` and its like."""
+    return f"{now} {text}" if text else ""
+
+
+def stale(notes: Mapping[str, str], now: Micros) -> list[str]:
+    """Return the names of the notes that engines left when they were killed."""
+    return [name for name, text in notes.items() if name.startswith(NOTE) and not _is_fresh(text, now)]
 
 
 def conditions(notes: Mapping[str, str], now: Micros) -> list[Condition]:
-    """Return the targets in trouble, as the engines' *notes* say."""
-    found = (_fields(text, now) for name, text in sorted(notes.items()) if name.startswith(_TARGET))
-    return [Condition(**{**fields, "ailment": Ailment(fields["ailment"])}) for fields in found if fields is not None]
+    """Return the targets in trouble, as the engines' *notes* say; of several, as the one that knows it longest."""
+    found: dict[str, Condition] = {}
+    for fields in _read(notes, now):
+        for base, since, ailment, *rest in fields["targets"]:
+            if base not in found or since < found[base].since:
+                found[base] = Condition(base, since, Ailment(ailment), *rest)
+    return [found[base] for base in sorted(found)]
 
 
 def slowdowns(notes: Mapping[str, str], now: Micros) -> dict[str, Slowdown]:
-    """Return the slowed queues by their names, as the engines' *notes* say."""
-    found = (_fields(text, now) for name, text in notes.items() if name.startswith(_QUEUE))
-    return {fields["queue"]: Slowdown(**fields) for fields in found if fields is not None}
+    """Return the slowed queues by their names, as the engines' *notes* say: the rates of several add up."""
+    found: dict[str, Slowdown] = {}
+    for fields in _read(notes, now):
+        for each in (Slowdown(*values) for values in fields["queues"]):
+            known = found.get(each.queue)
+            if known is not None:
+                rate = (known.rate or 0.0) + (each.rate or 0.0)
+                each = Slowdown(each.queue, min(known.since, each.since), rate, max(known.until, each.until))
+            found[each.queue] = each
+    return found
 
 
-def _fields(text: str, now: Micros) -> dict[str, Any] | None:
-    fields: dict[str, Any] = json.loads(text)
-    return fields if now - fields.pop("at") < _STALE else None
+def _read(notes: Mapping[str, str], now: Micros) -> Iterator[dict[str, Any]]:
+    for name, text in sorted(notes.items()):
+        if name.startswith(NOTE) and _is_fresh(text, now):
+            yield json.loads(text.partition(" ")[2])
+
+
+def _is_fresh(text: str, now: Micros) -> bool:
+    return now - int(text.partition(" ")[0]) < _STALE

@@ -97,6 +97,9 @@ class Tx(Protocol):
     def cap(self, tats: Mapping[str, Micros]) -> None:
         """Lower the limiters of these queues to no more than that: one of another rate, or of a clock that went back."""
 
+    def refund(self, spent: Mapping[str, Micros]) -> None:
+        """Give the limiters of these queues back what this transaction's claims spent, and nothing was sent for."""
+
     def fly(self, node: str, until: Micros, tasks: Mapping[str, int]) -> None:
         """Say how many tasks of which queue *node* has in flight; that counts until *until*."""
 

@@ -362,6 +362,10 @@ class SqliteTx:
         for queue, tat in tats.items():
             self._run("cap", {"queue": queue, "tat": tat})
 
+    def refund(self, spent: Mapping[str, Micros]) -> None:
+        for queue, micros in spent.items():
+            self._run("refund", {"queue": queue, "spent": micros})
+
     def fly(self, node: str, until: Micros, tasks: Mapping[str, int]) -> None:
         for queue, count in tasks.items():
             self._run("fly" if count else "land", {"queue": queue, "node": node, "tasks": count, "until": until})

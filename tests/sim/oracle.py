@@ -95,6 +95,7 @@ class Oracle:
             settled = {outcome[:2] for verb, _, outcomes, _ in verbs if verb == "settle" for outcome in outcomes}
             must(node.owed <= settled, node, "committed without settling what it was answered:", node.owed - settled)
             node.owed.clear()
+        taken: dict[tuple[int, int], tuple[str, Micros]] = {}  # what is claimed, and not refused in the same transaction
         for verb, now, arguments, result in verbs:
             match verb:
                 case "add":
@@ -103,10 +104,13 @@ class Oracle:
                 case "settle":
                     for outcome, held in zip(arguments, result, strict=True):
                         self._settled(outcome, held)
+                        taken.pop(outcome[:2], None)
                 case "claim":
                     fast = {spec.queue for spec in arguments if spec.fail_fast}
                     for claim in result:
                         self._claimed(node, now, claim, claim.queue in fast)
+                        if claim.queue not in fast:
+                            taken[claim[:2]] = claim.queue, now
                 case "delete":
                     for (queue, name), deleted in zip(arguments, result, strict=True):
                         self._deleted(self.names.get((queue, name)) or int(name), deleted)
@@ -120,6 +124,9 @@ class Oracle:
                             self.paused[queue] = now
                         else:
                             self.resumed[queue] = now
+        for queue, now in taken.values():
+            if self.configs[queue].rate:
+                self._rate(self.configs[queue], now)
         hasty = [id for id in self.hasty if self.cases[id].leased]
         must(not hasty, "claimed only to fail, and not failed:", hasty)
         self.hasty.clear()
@@ -204,7 +211,6 @@ class Oracle:
             must(case.holder is not node or not node.flies((claim.id, case.claims)), node, "takes its own", claim)
             case.lost += 1
             self.sometimes["lease expiry"] += 1
-        config = self.configs[claim.queue]
         if fast:
             assert node is not None
             self.hasty.add(claim.id)
@@ -213,8 +219,6 @@ class Oracle:
         case.claims, case.leased, case.until, case.holder = claim.claims, True, claim.until, node
         case.attempts += 1
         case.ready = max(claim.until, self.world.now)
-        if config.rate and not fast:
-            self._rate(config, now)
         paused = self.paused.get(claim.queue)
         must(paused is None or now <= paused + REREAD, "claimed from a paused queue:", claim)
 

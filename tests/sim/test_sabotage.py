@@ -190,7 +190,7 @@ def failed_fast_and_charged(patch: pytest.MonkeyPatch) -> None:
 
 
 def failed_fast_a_transaction_later(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Scheduler, "refusals", lambda self, now, specs, claims: [])
+    patch.setattr(Scheduler, "refusals", lambda self, now, specs, claims, room: [])
 
 
 TAMPERS: list[type[Tampered]] = [

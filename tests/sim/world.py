@@ -31,6 +31,7 @@ from tests.sim.oracle import LIVE, Oracle, must
 from tests.sim.process import LEASE, Fate, FaultyStore, Node
 
 STORM: Micros = 30 * SECOND  # how long things go wrong
+RECOVERY = 60 * SECOND  # until no target and no queue is slowed any more
 CALM: Micros = 300 * SECOND  # after that, how long the engines may take to finish everything
 POLL: Micros = SECOND // 2  # how late an engine notices what another process wrote
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -103,7 +104,7 @@ class World:
                 self.pause(queue)
             self.run(self.now + CALM, self.over)
             self.oracle.finished()
-            self.run(self.now + 2 * LEASE)
+            self.run(self.now + RECOVERY)
             writes = [node.store.writes for node in self.nodes]
             self.run(self.now + 3 * SECOND)
             must(writes == [node.store.writes for node in self.nodes], "idle engines write")

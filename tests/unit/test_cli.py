@@ -862,13 +862,22 @@ def test_queues_are_listed_with_their_counts(cli: Cli) -> None:
     assert max(map(len, lines)) <= 80
 
 
+def leave(
+    store: config.Runtime, node: str, conditions: list[Condition], slowdowns: list[Slowdown], at: int | None = None
+) -> None:
+    """Leave the note that the engine *node* would."""
+    text = troubles.dated(troubles.note_of(conditions, slowdowns), store.clock.now() if at is None else at)
+    store.store.run(lambda tx: tx.put_note(troubles.NOTE + node, text))
+
+
 @pytest.mark.usefixtures("some")
 def test_slowed_queues_and_troubled_targets_are_shown(cli: Cli, store: config.Runtime) -> None:
     now = store.clock.now()
     down = Condition("http://app:1", now - 90 * SECOND, Ailment.UNREACHABLE, "connection refused", 1, now + 5 * SECOND)
     shrunk = Condition("http://app:2", now, Ailment.FAILING, "it broke", 4)
     slowed = Slowdown("mail", now - 60 * SECOND, 0.05, 0)
-    store.store.run(lambda tx: [troubles.note(tx, now, news) for news in (down, shrunk, slowed)])
+    leave(store, "one", [down], [slowed])
+    leave(store, "two", [shrunk, down._replace(since=now)], [slowed._replace(rate=0.01)])
 
     listed, shown = cli("queues", "list"), cli("queues", "show", "mail")
     document = cli("queues", "list", "--json").json
@@ -876,22 +885,22 @@ def test_slowed_queues_and_troubled_targets_are_shown(cli: Cli, store: config.Ru
     for told in (listed, shown):
         assert "target http://app:1 can't be reached (for 90 s), is tried again in " in told.err
         assert "target http://app:2 loses deliveries, or lets them time out (for 0 s), gets 4 at once: it broke" in told.err
-    assert re.search(r"^mail +push +slowed .* 0 of 0\.05/s ", listed.out, re.MULTILINE)
-    assert re.search(r"^enforced rate +0\.05/s for 60 s: its target is overloaded \(503\)$", shown.out, re.MULTILINE)
+    assert re.search(r"^mail +push +slowed .* 0 of 0\.06/s ", listed.out, re.MULTILINE)
+    assert re.search(r"^enforced rate +0\.06/s for 60 s: its target is overloaded \(503\)$", shown.out, re.MULTILINE)
     assert [each["url"] for each in document["troubled_targets"]] == ["http://app:1", "http://app:2"]
     assert document["troubled_targets"][1]["next_try"] is None
     mail = next(queue for queue in document["queues"] if queue["name"] == "mail")
-    assert (mail["rate_enforced"], mail["slowed_since"] is not None) == (0.05, True)
+    assert (mail["rate_enforced"], mail["slowed_since"] is not None) == (pytest.approx(0.06), True)
 
-    well = [down._replace(ailment=None), shrunk._replace(ailment=None), slowed._replace(rate=None)]
-    store.store.run(lambda tx: [troubles.note(tx, now, news) for news in well])
+    leave(store, "one", [], [])
+    leave(store, "two", [], [])
     assert cli("queues", "list").err == ""
 
 
 def test_note_of_a_killed_engine_is_forgotten(cli: Cli, store: config.Runtime) -> None:
     long_ago = store.clock.now() - 200 * SECOND
     gone = Condition("http://app:1", long_ago, Ailment.UNREACHABLE, "", 1, long_ago)
-    store.store.run(lambda tx: troubles.note(tx, long_ago, gone))
+    leave(store, "killed", [gone], [], at=long_ago)
 
     assert cli("queues", "list", "--json").json["troubled_targets"] == []
 

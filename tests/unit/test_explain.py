@@ -51,8 +51,10 @@ class Desk:
         document: dict[str, Any] = json.loads(self.explain(name, "--json"))
         return document
 
-    def told(self, *news: Condition | Slowdown) -> None:
-        self.runtime.store.run(lambda tx: [troubles.note(tx, self.now, each) for each in news])
+    def told(self, conditions: list[Condition], slowdowns: list[Slowdown]) -> None:
+        """Leave the note that an engine would."""
+        text = troubles.dated(troubles.note_of(conditions, slowdowns), self.now)
+        self.runtime.store.run(lambda tx: tx.put_note(troubles.NOTE + "engine", text))
 
 
 @pytest.fixture
@@ -136,13 +138,13 @@ def test_trouble_of_targets_and_queues_is_told(served: Desk) -> None:
     now = served.now
     base = served.runtime.settings["app"]
     down = Condition(base, now, Ailment.UNREACHABLE, "connection refused", 1, now + 5 * SECOND)
-    served.told(down, Slowdown("default", now, 0.5, now + 9 * SECOND))
+    served.told([down], [Slowdown("default", now, 0.5, now + 9 * SECOND)])
 
     text = served.explain("x")
 
     assert "queue default is asked to wait by its target (503, Retry-After), until " in text
     assert f"target {base} can't be reached: connection refused, until " in text
-    served.told(down._replace(ailment=None), Slowdown("default", now, None, 0))
+    served.told([], [])
     assert served.explain("x") == "default/x: expected now"
 
 

@@ -78,7 +78,7 @@ def test_one_delivery_at_a_time_is_tried_after_the_pause(ailment: Ailment) -> No
     assert health.room(APP, later - 1, FULL) == 0
     assert health.room(APP, later, FULL) == 1
     assert health.room(APP, later, 0) == 0
-    health.sent(APP)
+    health.sent(APP, later)
     assert health.room(APP, later, FULL) == 0
     health.landed(APP)
     assert health.room(APP, later, FULL) == 1
@@ -178,3 +178,51 @@ def test_news_of_a_shrunk_target_come_once_a_second() -> None:
         trouble(health, Ailment.FAILING, now=NOW + moment, times=3)
 
     assert len(health.news()) == 3
+
+
+# --- with time ----------------------------------------------------------------------------------------------------------
+
+
+def test_delivery_that_takes_long_shows_that_its_target_can_be_reached() -> None:
+    """Else all others would wait for the end of the one that was tried."""
+    health = closed(Ailment.UNREACHABLE)
+    tried = NOW + SECOND
+    health.sent(APP, tried)
+
+    rooms = [health.room(APP, tried + seconds * SECOND, FULL) for seconds in (1, 5, 7, 8, 9, 15)]
+
+    assert rooms == [0, 0, 1, 3, 7, FULL - 1]
+
+
+def test_target_of_long_deliveries_is_back_soon_after_an_outage() -> None:
+    health, now, running = closed(Ailment.UNREACHABLE), NOW + SECOND, 0
+    health.sent(APP, now)
+    health.landed(APP)
+    health.answered(APP, now)
+    for second in range(8):
+        for _ in range(health.room(APP, now + second * SECOND, FULL)):
+            health.sent(APP, now + second * SECOND)
+            running += 1
+
+    assert running == FULL
+
+
+def test_target_whose_deliveries_hang_grows_by_answers_only() -> None:
+    health = Health(FULL)
+    trouble(health, Ailment.FAILING, times=3)
+    for _ in range(16):
+        health.sent(APP, NOW)
+
+    assert health.room(APP, NOW + 3600 * SECOND, FULL) == 0
+
+
+def test_target_that_nothing_is_sent_to_is_forgotten() -> None:
+    health = closed(Ailment.REFUSING)
+    health.forget(NOW + 20 * SECOND)
+    assert health
+    health.sent(APP, NOW + 20 * SECOND)
+    health.forget(NOW + 3600 * SECOND)
+    assert health, "something is on its way"
+    health.landed(APP)
+    health.forget(NOW + 3600 * SECOND)
+    assert not health

@@ -71,7 +71,7 @@ def commit(
     peeked = scheduler.peeks(specs)
     wanted = scheduler.limited(now, peeked, dict.fromkeys(peeked, now))
     owned = {name: Limiter(0, now + LEASE) for name in wanted}
-    assert not scheduler.refusals(now, specs, claims)
+    assert not scheduler.refusals(now, specs, claims, room(100))
     return scheduler.claimed(now, scheduler.admit(now, specs, owned), claims, due or {}, owned, wanted)
 
 
@@ -507,7 +507,7 @@ def test_what_fails_fast_spends_no_token_and_needs_one_to_be_there() -> None:
     assert scheduler.admit(NOW, specs, {"default": none_left}) == []
     assert scheduler.admit(NOW, specs, {}) == []
     taken = [claim(id, fail_fast=1) for id in range(4)]
-    refused = scheduler.refusals(NOW, specs, taken)
+    refused = scheduler.refusals(NOW, specs, taken, room(100))
     assert scheduler.claimed(NOW, specs, taken, {}, {"default": left}, ["default"], refused) == []
     assert asked(scheduler.plan(NOW, room(9))) == {"default": 1}
 
@@ -516,7 +516,7 @@ def test_what_doesnt_wait_for_a_slot_is_tried_again_after_its_backoff_and_unchar
     scheduler = crowded()
     specs = scheduler.fast_specs(NOW, ["default"])
 
-    [outcome] = scheduler.refusals(NOW, specs, [claim(2, attempts=2, fail_fast=1, name="x")])
+    [outcome] = scheduler.refusals(NOW, specs, [claim(2, attempts=2, fail_fast=1, name="x")], room(100))
 
     assert outcome[:8] == (2, NOW, "default", Action.RETRY, NOW + SECOND // 5, False, 0, 0)
     assert outcome.reason == NO_SLOT
@@ -527,7 +527,7 @@ def test_what_doesnt_wait_for_a_slot_and_is_past_its_limits_is_given_up() -> Non
     scheduler = crowded(retry=RetryPolicy(retry_limit=1))
     specs = scheduler.fast_specs(NOW, ["default"])
 
-    [outcome] = scheduler.refusals(NOW, specs, [claim(2, failures=2, fail_fast=1)])
+    [outcome] = scheduler.refusals(NOW, specs, [claim(2, failures=2, fail_fast=1)], room(100))
 
     assert outcome.action is Action.DEAD
 
@@ -560,7 +560,7 @@ def test_queue_that_gave_all_that_was_asked_is_looked_at_for_fail_fast_tasks_in_
 
 def refuse(scheduler: Scheduler, *claims: Claim) -> list[Outcome]:
     specs = scheduler.plan(NOW, room(10))
-    refused = scheduler.refusals(NOW, specs, claims)
+    refused = scheduler.refusals(NOW, specs, claims, room(100))
     assert not scheduler.claimed(NOW, specs, claims, {}, {}, [], refused)
     return refused
 
@@ -584,7 +584,7 @@ def test_suspects_run_one_at_a_time() -> None:
     specs = scheduler.plan(NOW, room(10))
     first, second, innocent = claim(1, lost=2), claim(2, lost=2), claim(3, lost=1)
 
-    refused = scheduler.refusals(NOW, specs, [first, second, innocent])
+    refused = scheduler.refusals(NOW, specs, [first, second, innocent], room(100))
     deliveries = scheduler.claimed(NOW, specs, [first, second, innocent], {}, {}, [], refused)
 
     assert [delivery.claim.id for delivery in deliveries] == [1, 3]
@@ -592,7 +592,7 @@ def test_suspects_run_one_at_a_time() -> None:
         (2, Action.RELEASE, NOW + ISOLATION_DELAY)
     ]  # fmt: skip
     scheduler.finished(NOW, result(first))
-    assert not scheduler.refusals(NOW, specs, [second])
+    assert not scheduler.refusals(NOW, specs, [second], room(100))
     assert scheduler.claimed(NOW, specs, [second], {}, {}, [])
 
 
@@ -663,7 +663,7 @@ def test_target_that_refuses_the_token_is_tried_with_one_task_after_a_pause() ->
     refuse_tokens(scheduler, range(3))
 
     assert asked(scheduler.plan(NOW, room(8))) == {"own": 8}
-    assert scheduler.news() == [Condition(BASE, NOW, Ailment.REFUSING, "unknown key", 1, NOW + SECOND)]
+    assert scheduler.news(NOW) == [Condition(BASE, NOW, Ailment.REFUSING, "unknown key", 1, NOW + SECOND)]
 
     later = NOW + SECOND
     assert asked(scheduler.plan(later, room(8))) == {"default": 1, "own": 8}
@@ -700,7 +700,7 @@ def test_task_with_a_slowed_target_of_its_own_gives_way_to_the_others() -> None:
     refuse_tokens(scheduler, range(3), target="worker")
     specs = scheduler.plan(NOW, room(8))
 
-    outcomes = scheduler.refusals(NOW, specs, [claim(7, target="worker"), claim(8)])
+    outcomes = scheduler.refusals(NOW, specs, [claim(7, target="worker"), claim(8)], room(100))
 
     assert [(o.id, o.action, o.at) for o in outcomes] == [(7, Action.RELEASE, NOW + SECOND)]
     assert outcomes[0].reason == "target http://worker refuses this engine's requests: unknown key"
@@ -729,8 +729,8 @@ def test_overload_slows_the_queue_and_no_other() -> None:
         assert outcome.charged == 1
     scheduler.woken(NOW)
 
-    assert scheduler.news() == [Slowdown("default", NOW, 4.0, 0)]
-    assert asked(scheduler.plan(NOW, room(40))) == {"default": 1, "other": 20}
+    assert scheduler.news(NOW) == [Slowdown("default", NOW, 40.0, 0)]
+    assert asked(scheduler.plan(NOW, room(40))) == {"default": 4, "other": 20}
     for each in [claim(id, queue="other") for id in range(20, 24)]:
         commit(scheduler, each)
         scheduler.finished(NOW, result(each, status=429))
@@ -744,7 +744,7 @@ def test_handler_of_calls_that_says_why_is_not_overloaded() -> None:
 
     scheduler.finished(NOW, result(sent, status=503, outcome="retry"))
 
-    assert scheduler.news() == []
+    assert scheduler.news(NOW) == []
 
 
 def test_what_another_target_of_the_queue_answers_counts_for_it_alone() -> None:

@@ -4,94 +4,151 @@ from __future__ import annotations
 
 import pytest
 
-from deferlib.core.model import MINUTE, SECOND, Micros
+from deferlib.core.model import HOUR, MINUTE, SECOND, Micros
 from deferlib.core.throttle import LEAST, Throttle
 
 NOW: Micros = 1_700_000_000_000_000
 ALL = 1 << 30
 
 
-def busy(rate: int) -> Throttle:
-    """Return the throttle of a queue that has dispatched *rate* tasks in the second before NOW."""
+def busy(rate: int, *, seconds: float = 0.5) -> Throttle:
+    """Return the throttle of a queue that has dispatched *rate* tasks a second for some time before NOW."""
     throttle = Throttle()
-    throttle.dispatched(rate, NOW - SECOND)
-    throttle.dispatched(1, NOW)
+    began = NOW - round(seconds * SECOND)
+    throttle.dispatched(1, began)
+    throttle.dispatched(round(rate * seconds) - 1, NOW - 1)
     return throttle
+
+
+def overload(throttle: Throttle, count: int, *, now: Micros = NOW, retry_after: Micros = 0) -> list[bool]:
+    return [throttle.overloaded(now, retry_after) for _ in range(count)]
 
 
 def test_without_overload_everything_goes_through() -> None:
     throttle = busy(1_000)
 
-    assert not throttle.accepted(NOW, None)
-    assert (throttle.allowance(NOW), throttle.hold(NOW), throttle.rate) == (ALL, None, None)
+    assert (throttle.allowance(NOW), throttle.hold(NOW), throttle.rate(NOW), throttle.active) == (ALL, None, None, False)
+    assert not throttle.ended(NOW, None)
 
 
-def test_overload_halves_what_was_dispatched() -> None:
-    throttle = busy(100)
+def test_overload_halves_the_pace() -> None:
+    throttle = busy(1_000)
 
-    assert throttle.overloaded(NOW)
-    assert throttle.rate == 50
+    assert overload(throttle, 60) == [False] * 49 + [True] + [False] * 10
+    assert throttle.rate(NOW) == 500
     assert throttle.since == NOW
-    assert throttle.allowance(NOW) == 5, "a tenth of a second's worth"
-    throttle.dispatched(5, NOW)
+    assert throttle.allowance(NOW) == 50, "a tenth of a second's worth"
+    throttle.dispatched(50, NOW)
     decision = throttle.hold(NOW)
     assert decision is not None
-    assert decision == ("slowed to 50/s because its target is overloaded (503)", NOW + SECOND // 50)
-    assert throttle.allowance(NOW + SECOND // 50) == 1
+    assert decision == ("slowed to 500/s because its target is overloaded (503)", NOW + SECOND // 500)
+    assert throttle.allowance(NOW + SECOND // 500) == 1
 
 
-def test_overload_of_many_at_once_is_one() -> None:
-    throttle = busy(100)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.09])
+def test_few_503s_among_many_answers_slow_nothing(share: float) -> None:
+    """A task that always gets one, say."""
+    throttle, now, changes = Throttle(), NOW, 0
+    for _ in range(600):
+        throttle.dispatched(100, now)
+        changes += sum(overload(throttle, round(100 * share), now=now + 10))
+        now += SECOND // 10
 
-    assert [throttle.overloaded(NOW + number) for number in range(30)] == [True] + [False] * 29
-    assert throttle.rate == 50
-    assert throttle.overloaded(NOW + SECOND)
-    assert throttle.rate == 25
+    assert changes == 0
+    assert not throttle.active
 
 
-def test_rate_has_a_floor() -> None:
-    throttle = busy(1)
+def test_one_or_two_slow_nothing() -> None:
+    throttle = Throttle()
     for second in range(10):
-        throttle.overloaded(NOW + second * SECOND)
-
-    assert throttle.rate == LEAST
-
-
-@pytest.mark.parametrize(("configured", "seconds"), [(None, 7), (100.0, 4), (60.0, 1)])
-def test_rate_recovers_and_then_limits_nothing(configured: float | None, seconds: int) -> None:
-    throttle, now, changes = busy(100), NOW, 0
-    throttle.overloaded(NOW)
-    while throttle.rate is not None:
-        now += SECOND // 4
-        changes += throttle.accepted(now, configured)
-
-    assert (now - NOW) // SECOND == changes == seconds
-    assert throttle.allowance(now) == ALL
+        throttle.dispatched(2, NOW + second * SECOND)
+        assert overload(throttle, 2, now=NOW + second * SECOND) == [False, False]
 
 
-def test_overload_while_it_recovers_cuts_again() -> None:
-    throttle = busy(100)
-    throttle.overloaded(NOW)
-    throttle.accepted(NOW + SECOND, None)
+def test_overload_right_after_a_start_is_judged_by_the_pace() -> None:
+    """A window that has just begun says little of a second, but enough of its own milliseconds."""
+    throttle = Throttle()
+    throttle.dispatched(32, NOW)
 
-    throttle.overloaded(NOW + 2 * SECOND)
+    assert overload(throttle, 4, now=NOW + SECOND // 100) == [False, False, False, True]
+    assert throttle.rate(NOW + SECOND // 100) == pytest.approx(320)
 
-    assert throttle.rate == pytest.approx(31.25)
+
+def test_rate_falls_deeper_where_most_answers_are_503() -> None:
+    throttle = busy(1_000)
+
+    assert sum(overload(throttle, 500)) == 2
+    assert throttle.rate(NOW) == 250
+
+
+def test_rate_falls_once_a_second() -> None:
+    throttle = busy(1_000)
+    overload(throttle, 50)
+
+    assert not any(overload(throttle, 100, now=NOW + SECOND // 4))
+    throttle.dispatched(400, NOW + SECOND)
+    assert any(overload(throttle, 150, now=NOW + 2 * SECOND - 1))
+    assert throttle.rate(NOW + 2 * SECOND - 1) == pytest.approx(200, rel=0.01)
+
+
+def test_rate_has_a_floor_and_is_tried_again_from_there() -> None:
+    """A target that answers nothing but 503 for half a minute."""
+    throttle, now = busy(1_000), NOW
+    lowest = 1e9
+    for _ in range(300):
+        now += SECOND // 10
+        allowed = min(throttle.allowance(now), 100)
+        throttle.dispatched(allowed, now)
+        overload(throttle, allowed, now=now)
+        lowest = min(lowest, throttle.rate(now) or 1e9)
+
+    assert LEAST <= lowest <= 10
+    back = next(step for step in range(600) if throttle.rate(now + step * SECOND // 10) is None)
+    assert back <= 200, "it recovers within 20 seconds"
+
+
+def test_rate_recovers_with_time_alone() -> None:
+    throttle = busy(1_000)
+    overload(throttle, 50)
+
+    rates = [throttle.rate(NOW + second * SECOND) for second in range(8)]
+
+    assert rates[:3] == pytest.approx([500, 625, 781.25])
+    assert rates[-1] is None
+    assert throttle.allowance(NOW + HOUR) == ALL
+    assert throttle.ended(NOW + HOUR, None)
+    assert not throttle.ended(NOW + HOUR, None), "told once"
+
+
+def test_rate_that_is_as_high_as_the_configured_one_has_ended() -> None:
+    throttle = busy(1_000)
+    overload(throttle, 50)
+
+    assert not throttle.ended(NOW, 600.0)
+    assert throttle.ended(NOW + SECOND, 600.0)
 
 
 @pytest.mark.parametrize(("asked", "waited"), [(5 * SECOND, 5 * SECOND), (60 * MINUTE, MINUTE)])
 def test_retry_after_is_waited_for_within_limits(asked: Micros, waited: Micros) -> None:
     throttle = busy(100)
-    throttle.overloaded(NOW, asked)
+    overload(throttle, 5, retry_after=asked)
 
     assert throttle.allowance(NOW + waited - 1) == 0
     assert throttle.hold(NOW) == ("asked to wait by its target (503, Retry-After)", NOW + waited)
+    assert not throttle.ended(NOW + waited - 1, 0.1)
     assert throttle.allowance(NOW + waited) > 0
+
+
+def test_retry_after_of_few_holds_up_nobody_else() -> None:
+    throttle = busy(1_000)
+    overload(throttle, 4, retry_after=MINUTE)
+
+    assert throttle.allowance(NOW) == ALL
 
 
 def test_over_any_window_it_lets_no_more_through_than_its_rate() -> None:
     throttle = busy(200)
-    throttle.overloaded(NOW)
+    overload(throttle, 20)
     sent = 0
     for step in range(1_000):
         now = NOW + step * SECOND // 1_000
@@ -99,4 +156,4 @@ def test_over_any_window_it_lets_no_more_through_than_its_rate() -> None:
         throttle.dispatched(allowed, now)
         sent += allowed
 
-    assert 95 <= sent <= 110, "100 a second, and a tenth of a second's worth at once"
+    assert 100 <= sent <= 130, "100 a second, growing by a quarter, and a tenth of a second's worth at once"

@@ -68,6 +68,9 @@ delete from notes where name = :name
 -- name: cap
 update queues set tat = min(tat, :tat) where name = :queue
 
+-- name: refund
+update queues set tat = tat - :spent where name = :queue
+
 -- name: spend
 update queues set tat = max(tat, :now) + :spent where name = :queue
 
