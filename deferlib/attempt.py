@@ -23,6 +23,7 @@ from deferlib.errors import (
     PermanentTaskFailure,
     SingularTaskFailure,
     TokenError,
+    TokenMismatchError,
 )
 
 log = logging.getLogger("deferlib.handler")
@@ -124,7 +125,8 @@ def refuse(error: TokenError) -> Answer:
         log.error("a request was refused: %s", text)
         return Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "retry", text)
     log.error("a request with an invalid dispatch token was refused: %s", text)
-    return Answer(HTTPStatus.FORBIDDEN, "untrusted", f"The dispatch token is refused: {text}")
+    outcome = "mismatched" if isinstance(error, TokenMismatchError) else "untrusted"
+    return Answer(HTTPStatus.FORBIDDEN, outcome, f"The dispatch token is refused: {text}")
 
 
 def stopped(task: TaskContext, error: DeadlineExceededError) -> Answer:

@@ -201,6 +201,10 @@ class TokenError(Error):
     """The request carries no valid dispatch token."""
 
 
+class TokenMismatchError(TokenError):
+    """The dispatch token is genuine, but it isn't for this request: something on the way has changed it."""
+
+
 class BodyTooLongError(TokenError):
     """The request's body is longer than any task's may be; see the setting `limits`."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from deferlib import limits
+from deferlib import limits, owners
 from deferlib.errors import ConfigError
 from deferlib.targets import NAME, SLOT, Targets
 
@@ -175,6 +175,7 @@ SETTINGS: Mapping[str, _Kind] = {
     "lease": _Kind(_seconds(0.001), 30.0, "seconds from 0.001 to 86400"),
     "deadline_margin": _Kind(_margin, 1.0, "seconds from 0 to 86400, or off"),
     "limits": _Kind(limits.parse, limits.DEFAULT, "appengine or deferlib, then NAME=NUMBER, separated by commas"),
+    "trust_host": _Kind(_flag, False, "true or false"),
     "accept_unbound": _Kind(_flag, True, "true or false"),
     "quarantine_after": _Kind(_seconds(0), 600.0, "seconds from 0 to 86400"),
     "grace": _Kind(_seconds(0), 25.0, "seconds from 0 to 86400"),
@@ -291,14 +292,19 @@ def working_directory() -> Path:
 
 
 def _pyproject(root: Path) -> Mapping[str, Any]:
-    """Return [tool.deferlib] of the root's pyproject.toml; unknown settings are refused: they are misspelled ones."""
+    """Return [tool.deferlib] of the root's pyproject.toml; unknown settings are refused: they are misspelled ones.
+
+    So are those of a file that is another user's: it may lie in any folder above, and they say where code is run.
+    """
     path = root / "pyproject.toml"
     if not os.path.isfile(path):
         return {}
     import tomllib
 
     try:
-        raw: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            owner = os.fstat(file.fileno()).st_uid
+            raw: Any = tomllib.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8
@@ -307,6 +313,12 @@ def _pyproject(root: Path) -> Mapping[str, Any]:
         raw = raw.get(key, {}) if isinstance(raw, Mapping) else raw
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path}: [tool.deferlib] is a table of settings")
+    if raw and not owners.is_trusted(owner):
+        whose, me = owners.name(owner), owners.myself()
+        raise ConfigError(
+            f"{path}: [tool.deferlib] is set by {whose}, to whom the file belongs, and this process runs as {me}; run it as "
+            f"{whose}, or `chown {me} {path}` if you agree with what it sets, or take the table out"
+        )
     for name in raw:
         if name not in SETTINGS:
             raise ConfigError(f"{path}: [tool.deferlib]: unknown setting {name!r}; known are {', '.join(SETTINGS)}")

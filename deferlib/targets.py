@@ -12,6 +12,9 @@ SLOT = "{target}"
 _PORTS = {"http": 80, "https": 443}
 
 
+_ADDRESS = re.compile(r"[0-9.]+\Z|0x")
+
+
 class Targets:
     """Names with their base URLs, and perhaps a template, `http://{target}.example.com`, for every other name.
 
@@ -29,16 +32,17 @@ class Targets:
             return self.template.replace(SLOT, name)
         return url
 
-    def name_of(self, host: str) -> str | None:
+    def name_of(self, host: str, *, by_template: bool = False) -> str | None:
         """Return the name of the target at *host*, the Host header of a request; None if no target is there.
 
-        The header only chooses among what is configured: it is never an address.
+        The header only chooses among what is configured. With a template it would choose freely, so that is looked at only
+        *by_template*: where something before the app lets known hosts through only. It never makes an address a target.
         """
         host = host.lower()
         name = self._hosts.get(host)
-        if name is None and self._pattern is not None:
+        if name is None and by_template and self._pattern is not None:
             match = self._pattern.fullmatch(host)
-            if match is not None:
+            if match is not None and not _ADDRESS.match(match["target"]):
                 return match["target"]
         return name
 

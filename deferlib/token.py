@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from deferlib.clock import Clock
 from deferlib.context import Dispatch, TaskContext
 from deferlib.core.model import MINUTE, Micros
-from deferlib.errors import TokenError
+from deferlib.errors import TokenError, TokenMismatchError
 from deferlib.keys import Keyring
 
 HEADER = "X-Deferlib-Signature"
@@ -87,15 +87,15 @@ class Vouched:
         """
         claims = self._claims
         if claims["m"] != method:
-            raise TokenError(f"the token is for a {claims['m']} request, this is {method[:20]!r}")
+            raise TokenMismatchError(f"the token is for a {claims['m']} request, this is {method[:20]!r}")
         sent = unquote(claims["o"] + claims["u"].removesuffix("?"))
         whole = _ENCODED_SLASH.sub("/", path)  # cheroot leaves encoded slashes as they are
         if sent not in (path, prefix + path, inner or path, whole, prefix + whole):
-            raise TokenError(f"the token is for the path {sent!r}, this is {path!r}; see the setting 'prefix'")
+            raise TokenMismatchError(f"the token is for the path {sent!r}, this is {path!r}; see the setting 'prefix'")
         if _query_claims(query) != {"q": claims["q"], "r": claims["r"]}:
-            raise TokenError("the token is for another query")
+            raise TokenMismatchError("the token is for another query")
         if not hmac.compare_digest(hashlib.sha256(body).hexdigest(), claims["b"]):
-            raise TokenError("the token is for another body")
+            raise TokenMismatchError("the token is for another body")
         context = TaskContext(
             id=int(claims["i"]),
             user_name=claims["n"],

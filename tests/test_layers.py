@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "deferlib"
 # From the bottom up; a package's modules are its layer unless they stand on their own.
 LAYERS = [
     {"core"},
-    {"clock", "disassembly", "limits", "outbound", "secret_names", "targets"},
+    {"clock", "disassembly", "limits", "outbound", "owners", "secret_names", "targets"},
     {"context", "keys", "moved", "namespaces", "ids", "queue_fields", "queue_yaml", "task_logs", "tracing"},
     {"payload", "token", "store"},
     {"settings", "queue_rows"},

@@ -102,21 +102,33 @@ class Middleware:
 
     async def _admit(self, scope: Scope) -> bool:
         """Tell whether a request that is no task's gets in; an admin's gets the headers back that were set by hand."""
-        covered = self.access.covers(_split_path(scope)[1])
+        covered = self._covers(scope)
         claimed: list[tuple[bytes, bytes]] = scope.get(_CLAIMED, [])
         if not covered and not claimed:  # nearly all
             return True
-        if ADMIN_KEY not in scope:
-            admin: object = is_at_this_machine((scope.get("client") or ("",))[0], partial(_header, scope))
-            if not admin and self.access.is_admin is not None:
-                admin = self.access.is_admin(scope)
-                if inspect.isawaitable(admin):
-                    admin = await admin
-            if not admin:
-                return not covered
-            scope[ADMIN_KEY] = True
+        admin: object = is_at_this_machine((scope.get("client") or ("",))[0], partial(_header, scope))
+        if not admin and self.access.is_admin is None:
+            admin = ADMIN_KEY in scope  # as a middleware around this one has found
+        elif not admin and self.access.is_admin is not None:
+            admin = self.access.is_admin(scope)
+            if inspect.isawaitable(admin):
+                admin = await admin
+        if not admin:
+            return not covered
+        scope[ADMIN_KEY] = True
         scope["headers"] = [*scope["headers"], *scope.pop(_CLAIMED, [])]
         return True
+
+    def _covers(self, scope: Scope) -> bool:
+        """Tell whether a request is for tasks only, by whatever the app may take for its path.
+
+        Frameworks have their own mind about `root_path` (an app may set it by itself, after this), and about request
+        targets that aren't paths.
+        """
+        if not self.access.paths:
+            return False
+        path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+        return any(self.access.covers(each, anywhere=True) for each in {path, path.removeprefix(root)})
 
     async def _call_or_view(self, dispatch: Dispatch, scope: Scope, body: _Body, send: Send) -> None:
         """Run a request to its queue's default URL: by the app's view, or if it has none, as the call that it may be."""
@@ -168,13 +180,18 @@ def wrap_asgi_app(app: AsgiApp, *, is_admin: Callable[[Scope], object] | None = 
     """Return *app* with the handler of deferred calls at `/_ah/queue/deferred`. Wrapping twice is wrapping once."""
     if not isinstance(app, Middleware):
         return Middleware(app, is_admin=is_admin)
-    return app if is_admin is None else task_only(app, (), is_admin=is_admin)
+    if is_admin is None:
+        return app
+    access = app.access.joined((), is_admin)
+    return Middleware(app.app, is_admin=access.is_admin, task_only=access.paths)
 
 
 def task_only(
     app: AsgiApp, paths: Iterable[str] | str = ("/",), *, is_admin: Callable[[Scope], object] | None = None
 ) -> Middleware:
     """Do what `deferlib.task_only` does, for an ASGI app; *is_admin* takes a scope. The deferred handler is mounted too."""
+    if not paths:
+        raise ValueError("task_only() needs paths; without any the app would be open to all")
     if not isinstance(app, Middleware):
         return Middleware(app, is_admin=is_admin, task_only=paths)
     access = app.access.joined(Access(paths).paths, is_admin)

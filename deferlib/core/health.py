@@ -51,7 +51,6 @@ class _State:
     __slots__ = (
         "ailment",
         "growing_at",
-        "troubled_at",
         "in_flight",
         "limit",
         "pause",
@@ -61,6 +60,7 @@ class _State:
         "since",
         "threshold",
         "told_at",
+        "troubled_at",
         "until",
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 from deferlib.core.backoff import policy_of
 from deferlib.core.model import DAY, Claim, RetryPolicy
 
+_ODD = re.compile(r"[^!-~]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _METHOD = re.compile(r"[A-Z]{1,20}\Z")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
@@ -22,8 +23,10 @@ _LONGEST = 64 * 1024  # characters of JSON that are read
 
 def malformed(claim: Claim) -> str:
     """Return what is wrong with the row of *claim*; '' if it can be worked with (0.9 µs)."""
-    if _CONTROL.search(f"{claim.name or ''}{claim.namespace}{claim.target}"):
-        return "its name, namespace or target has control characters"
+    if _ODD.search(f"{claim.name or ''}{claim.namespace}{claim.target}"):
+        return "its name, namespace or target has characters that none may have"
+    if _ODD.search(claim.url):
+        return "its url has characters that must be percent-encoded"
     if _METHOD.match(claim.method) is None:
         return "its method is none of HTTP"
     if not 0 <= claim.deadline <= 30 * DAY:

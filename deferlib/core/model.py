@@ -343,6 +343,7 @@ class Kind(StrEnum):
     UNREACHABLE = "unreachable"  # the target never had the request
     UNKNOWN = "unknown"  # the connection broke; the target may have run the task
     INTERRUPTED = "interrupted"  # the target was replaced by whoever runs this engine, and answers again soon
+    UNFIT = "unfit"  # no request could be made of it
     UNSENT = "unsent"  # withdrawn before it started
 
 

@@ -114,10 +114,16 @@ class Scheduler:
                 queue.in_flight = sum(flight.claim.queue == name for flight in self._flights.values())
             queue.configure(row)
 
-    def woken(self, now: Micros) -> None:
-        """Take a hint: any queue may have something due."""
+    def woken(self, now: Micros) -> list[str]:
+        """Take a hint: any queue may have something due. Returns those where that isn't known."""
         for queue in self._queues.values():
             queue.woken(now)
+        return list(self._queues)
+
+    def looked_all(self, names: Iterable[str], due: Mapping[str, Micros]) -> None:
+        """Take when something is due next in each of the queues *names*."""
+        for name in names:
+            self._queues[name].look_at = due.get(name, NEVER)
 
     def drain(self) -> None:
         """Claim nothing from now on."""
@@ -527,7 +533,9 @@ class Scheduler:
         """Learn from a delivery's end how its target and its queue are."""
         answered = result.kind is Kind.ANSWERED
         overloaded = answered and result.status == OVERLOADED and not result.outcome
-        if overloaded and queue is not None and queue.throttle.overloaded(now, result.retry_after):
+        # What another target than the queue's answers is none of the queue's business.
+        mine = queue is not None and flight.base == self._base(queue)
+        if overloaded and mine and queue is not None and queue.throttle.overloaded(now, result.retry_after):
             self._throttled.add(queue.config.name)
         if self._rules.in_process:  # nothing is between us
             return

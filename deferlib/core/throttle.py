@@ -10,10 +10,10 @@ from math import log2
 from deferlib.core import bucket
 from deferlib.core.model import MINUTE, SECOND, Decision, Micros
 
-FEWEST = 3  # 503s in a second
-SHARE = 0.1  # of what was dispatched in it
+FEWEST = 3  # 503s in a second, beside
+SHARE = 0.1  # of what was dispatched in it: chance alone makes no such number of a twentieth
 CUT, DEEP_CUT = 0.5, 0.25  # of the pace, or of the rate enforced by then; the deep one where most answers are such
-QUICK, SLOW = 2.0, 1.25  # growth a second: up to half of the pace at which it was overloaded first, and from there on
+QUICK, SLOW = 2.0, 1.5  # growth a second: up to half of the pace at which it was overloaded first, and from there on
 LEAST = 1.0  # dispatches per second
 LONGEST_HOLD: Micros = MINUTE  # that a Retry-After may ask for
 _WINDOW: Micros = SECOND
@@ -66,7 +66,7 @@ class Throttle:
             self._begin(now)
         self._overloads += 1
         self._asked = max(self._asked, retry_after)
-        if self._overloads < FEWEST or self._overloads < SHARE * self._count:
+        if self._overloads < FEWEST + SHARE * self._count:
             return False
         most = 2 * self._overloads > self._count
         if now - self._at < _WINDOW:

@@ -18,6 +18,7 @@ _REASON_LENGTH = 500
 _DEFERRED_URL = "/_ah/queue/deferred"
 
 UNTRUSTED = "untrusted"  # our dispatch token is refused: the target's keys are wrong, not the task
+MISMATCHED = "mismatched"  # something on the way has changed the request: no other task's trouble, nor its own failure
 # Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
 _UNRUNNABLE = frozenset({"undecodable", "key-unknown", "newer"})
 _LONGEST_WAIT: Micros = 30 * SECOND  # between attempts of what a deploy will mend
@@ -36,7 +37,7 @@ def verdict(
             return _answered(now, claim, result, config, quarantine_after, rng)
         case Kind.TIMEOUT | Kind.MALFORMED:
             return _failed(now, claim, result, config, rng)
-        case Kind.UNREACHABLE | Kind.UNKNOWN:
+        case Kind.UNREACHABLE | Kind.UNKNOWN | Kind.UNFIT:
             return _again(now, claim, result, config, rng)
         case Kind.INTERRUPTED:
             return _again(now, claim, result, config, rng)._replace(at=now + INTERRUPTED_DELAY)
@@ -76,7 +77,7 @@ def _answered(
         if now - since >= quarantine_after:
             return _dead(now, claim, result, config, f"quarantine: {said}")
         return _soon(now, claim, result, config, rng, since)
-    if said == UNTRUSTED:
+    if said in (UNTRUSTED, MISMATCHED):
         return _soon(now, claim, result, config, rng)
     if 200 <= result.status <= 299 and said != "retry":
         return Outcome(*_end(now, claim, config, Action.DONE), 0, 1, result.status)

@@ -36,6 +36,7 @@ log = logging.getLogger("deferlib.engine")
 
 _REREAD: Micros = SECOND  # how often the queues' rows are looked at
 _SWEEP: Micros = 10 * MINUTE
+_FEW_QUEUES = 8
 _SWEEP_SLICE = 500  # rows: a few milliseconds
 _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
@@ -327,7 +328,10 @@ class Engine:
         """Do what is due now and then: take hints, reread the queues, sweep."""
         if self._hinted:
             self._hinted = False
-            self._scheduler.woken(now)
+            names = self._scheduler.woken(now)
+            if len(names) > _FEW_QUEUES:  # to look is cheaper than to claim in vain
+                with self._store.read() as tx:
+                    self._scheduler.looked_all(names, tx.next_due(names))
         if now >= self._reread_at:
             self._scheduler.configure(self._rows(now))
             self._reread_at = now + _REREAD

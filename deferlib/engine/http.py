@@ -200,7 +200,7 @@ class HttpTransport:
             idle.append(exchange)
             text = plain(f"the request could not be made: {type(error).__name__}: {error}")
             claim = delivery.claim
-            self._results.append(Result(claim.id, claim.claims, Kind.UNREACHABLE, now, now, 0, "", text))
+            self._results.append(Result(claim.id, claim.claims, Kind.UNFIT, now, now, 0, "", text))
             return
         target.free -= 1
         self._running[exchange.handle] = exchange

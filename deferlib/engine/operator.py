@@ -10,6 +10,9 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deferlib import config
@@ -27,8 +30,9 @@ log = logging.getLogger("deferlib.engine")
 STUCK = 30.0  # seconds without a turn: an idle engine makes one each second
 _LOOPBACK = "127.0.0.1"
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?\Z", re.IGNORECASE)
-_REQUESTS = 32  # at once; more are refused
-_PATIENCE = 10.0  # seconds for a client to send its request
+_REQUESTS = 32  # at once
+_PATIENCE = 10.0  # seconds for a connection, from its first moment to its last
+_MAKING_ROOM = 1.0  # seconds, at most, for a connection that was ended to be gone
 _POLL = 0.1  # seconds: how soon `close` is noticed
 _PLAIN = "text/plain; charset=utf-8"
 
@@ -155,11 +159,70 @@ def _listen(host: str, port: int, source: str) -> socket.socket:
     return listener
 
 
+class _Places:
+    """The connections that are open: so many, each for so long, and who comes last finds room.
+
+    Slow ones can't keep the port from answering: where all places are taken, the oldest one ends, unless its answer is
+    just being made. Safe to call from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._left = threading.Condition()
+        self._since: dict[socket.socket, float] = {}  # the oldest first
+        self._answering: set[socket.socket] = set()
+
+    def take(self, connection: socket.socket) -> bool:
+        """Give *connection* a place; False if there is none to be had."""
+        with self._left:
+            if len(self._since) >= _REQUESTS:
+                oldest = next((each for each in self._since if each not in self._answering), None)
+                if oldest is None:
+                    return False
+                _end(oldest)
+                if not self._left.wait_for(lambda: len(self._since) < _REQUESTS, _MAKING_ROOM):
+                    return False
+            self._since[connection] = monotonic()
+            return True
+
+    def leave(self, connection: socket.socket) -> None:
+        """Give its place back, if it has one."""
+        with self._left:
+            self._answering.discard(connection)
+            if self._since.pop(connection, None) is not None:
+                self._left.notify_all()
+
+    def answer(self, app: OperatorPort, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Have *app* answer; until it has, the connection isn't the one to end for another."""
+        connection = environ["werkzeug.socket"]
+        with self._left:
+            self._answering.add(connection)
+        try:
+            return app(environ, start_response)
+        finally:
+            with self._left:
+                self._answering.discard(connection)
+
+    def end_late(self, patience: float) -> None:
+        """End those that are older than *patience*; their threads see their end, and give the places back."""
+        with self._left:
+            for connection, since in self._since.items():
+                if monotonic() - since < patience:
+                    break
+                _end(connection)
+
+
+def _end(connection: socket.socket) -> None:
+    with suppress(OSError):  # its client was quicker
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def _server(listener: socket.socket, app: OperatorPort) -> BaseWSGIServer:
     from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler  # 50 ms: only where it is needed
 
+    places = _Places()
+
     class Requests(WSGIRequestHandler):
-        timeout = _PATIENCE
+        timeout = _PATIENCE  # of a single read or write, also when nobody counts the whole any more
         protocol_version = "HTTP/1.0"  # a connection for each request: none is kept that nobody uses
 
         def version_string(self) -> str:
@@ -169,19 +232,22 @@ def _server(listener: socket.socket, app: OperatorPort) -> BaseWSGIServer:
             log.debug("operator port: " + message.rstrip(), *args)
 
     class Server(ThreadedWSGIServer):
-        slots = threading.BoundedSemaphore(_REQUESTS)
-
         def process_request(self, request: Any, client_address: Any) -> None:
-            if self.slots.acquire(blocking=False):
+            if places.take(request):
                 super().process_request(request, client_address)
             else:
                 self.shutdown_request(request)
 
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                super().process_request_thread(request, client_address)
-            finally:
-                self.slots.release()
+        def shutdown_request(self, request: Any) -> None:
+            places.leave(request)
+            super().shutdown_request(request)
+
+        def service_actions(self) -> None:  # several times a second
+            places.end_late(_PATIENCE)
+
+        def server_close(self) -> None:
+            super().server_close()
+            pass
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("operator port: a request failed", exc_info=True)
@@ -190,4 +256,4 @@ def _server(listener: socket.socket, app: OperatorPort) -> BaseWSGIServer:
             log.debug("operator port: " + message.rstrip(), *args)
 
     host, port = listener.getsockname()[:2]
-    return Server(host, port, app, handler=Requests, fd=listener.fileno())
+    return Server(host, port, partial(places.answer, app), handler=Requests, fd=listener.fileno())

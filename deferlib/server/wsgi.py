@@ -55,13 +55,24 @@ class Middleware:
         claimed = inbound.claimed(environ)
         if not covered and not claimed:  # nearly all
             return True
-        if ADMIN_KEY not in environ:
-            admin = is_at_this_machine(environ.get("REMOTE_ADDR") or "", partial(_header, environ))
-            if not admin and (self.access.is_admin is None or not self.access.is_admin(environ)):
-                return not covered
-            environ[ADMIN_KEY] = True
+        if not self._is_admin(environ):
+            return not covered
+        environ[ADMIN_KEY] = True
         environ.update(claimed)
         return True
+
+    def _is_admin(self, environ: Environ) -> bool:
+        if is_at_this_machine(environ.get("REMOTE_ADDR") or "", partial(_header, environ)):
+            return True
+        if self.access.is_admin is None:
+            return ADMIN_KEY in environ  # as a middleware around this one has found
+        answer = self.access.is_admin(environ)
+        if hasattr(answer, "__await__"):
+            getattr(answer, "close", bool)()
+            raise TypeError(
+                "is_admin of a WSGI app returns whether it is an admin, not a coroutine: it can't be awaited here"
+            )
+        return bool(answer)
 
     def _attempt(self, dispatch: Dispatch, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         """Run a task's request to its end or its deadline; the server gets nothing of the answer before."""
@@ -170,6 +181,7 @@ def wrap_wsgi_app(
     `task_only` lets tasks in only. *use_legacy_context_mode* is accepted for App Engine's sake and changes nothing.
     Wrapping twice is wrapping once.
     """
+    _check_admin(is_admin)
     if isinstance(app, Middleware):
         if is_admin is None and (app.use_deferred or not use_deferred):
             return app
@@ -187,16 +199,32 @@ def task_only(
     `/tasks-list`. *is_admin* is as for `wrap_wsgi_app`; in either order, both functions make one middleware. ValueError for
     a path that doesn't begin with `/`.
     """
+    _check_admin(is_admin)
+    if not paths:
+        raise ValueError("task_only() needs paths; without any the app would be open to all")
     if isinstance(app, Middleware):
         return Middleware(app.app, use_deferred=app.use_deferred, access=app.access.joined(Access(paths).paths, is_admin))
     _refuse_asgi(app, "task_only", "task_only")
     return Middleware(app, use_deferred=False, access=Access(paths, is_admin))
 
 
+def _check_admin(is_admin: object) -> None:
+    """Raise TypeError for a coroutine function: what it returns counts as true, for anybody."""
+    if _is_coroutine_function(is_admin):
+        raise TypeError("is_admin of a WSGI app is a plain function, not a coroutine function")
+
+
+def _is_coroutine_function(value: object) -> bool:
+    for function in (value, getattr(type(value), "__call__", None)):  # noqa: B004  # its kind counts, not whether it is there
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_flags & _COROUTINE:
+            return True
+    return False
+
+
 def _refuse_asgi(app: object, name: str, other: str) -> None:
     """Say to whoever has an ASGI app which function is for it; TypeError also for what can't be called."""
     if not callable(app):
         raise TypeError(f"{name}() takes a WSGI app, not {type(app).__name__}")
-    code = getattr(getattr(type(app), "__call__", None), "__code__", None) or getattr(app, "__code__", None)  # noqa: B004  # its kind counts, not whether it is there
-    if code is not None and code.co_flags & _COROUTINE:
+    if _is_coroutine_function(app):
         raise TypeError(f"{name}() takes a WSGI app, and this is an ASGI app: use deferlib.contrib.asgi.{other}()")

@@ -334,10 +334,13 @@ def target_of(target: object, headers: Headers) -> tuple[str, str | _Version | N
     return target, target
 
 
-def own_target(targets: Targets) -> str | None:
-    """Return the target that serves the current request: its tasks stay with the version that adds them."""
+def own_target(targets: Targets, *, trust_host: bool) -> str | None:
+    """Return the target that serves the current request: its tasks stay with the version that adds them.
+
+    With *trust_host* the request's Host may be any that the targets' template makes.
+    """
     host = request_host.get()
-    return None if host is None else targets.name_of(host)
+    return None if host is None else targets.name_of(host, by_template=trust_host)
 
 
 def _target_of_host(host: str | list[str]) -> tuple[str, str | _Version | None]:

@@ -97,7 +97,7 @@ class Task:
         elif target is not None or headers:
             self._target, self._shown_target = rules.target_of(target, self._headers)
         if runtime.targets and self._shown_target is None and self._method != "PULL" and not absolute:
-            self._shown_target = rules.own_target(runtime.targets)
+            self._shown_target = rules.own_target(runtime.targets, trust_host=runtime.settings["trust_host"])
             self._target = self._shown_target or ""
         self._eta = rules.eta_of(countdown, eta, now, limits)
         self._namespace = rules.namespace_of(self._headers)

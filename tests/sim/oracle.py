@@ -176,7 +176,7 @@ class Oracle:
 
     def _ended(self, case: Case, outcome: Outcome, result: Result | None) -> None:
         reported = result is not None and (
-            result.kind in (Kind.TIMEOUT, Kind.MALFORMED) or (result.kind is Kind.ANSWERED and result.outcome == "retry")
+            result.kind in (Kind.TIMEOUT, Kind.MALFORMED) or result.outcome == "retry" or result.status in (429, 503)
         )
         case.failures += reported
         case.executions += reported or (result is not None and result.status == 200)
@@ -191,6 +191,8 @@ class Oracle:
             )
         if outcome.action is Action.RETRY:
             must(not exceeded, "tried again past its retry limit:", outcome)
+            asked = 0 if result is None or result.status not in (429, 503) else result.ended + result.retry_after
+            must(outcome.at >= asked, "tried again before its target asked to:", outcome, "before", asked)
         elif outcome.action is Action.DONE:
             must(case.succeeded, "done without a success:", outcome)
             case.state = TOMBSTONE if case.task.name else None
@@ -264,6 +266,8 @@ class Oracle:
         config, now = self.configs[queue], self.world.now
         limited = config.max_concurrent is not None
         if config.rate or (limited and self.owners.get(queue) is not node) or now <= self.resumed.get(queue, 0) + REREAD:
+            return False
+        if node.engine._scheduler._queues[queue].throttle.active:
             return False
         flying = sum(self.cases[id].task.queue == queue for id, _ in node.transport.live)
         crowded = config.max_concurrent is not None and flying >= config.max_concurrent

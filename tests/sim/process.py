@@ -37,6 +37,7 @@ class Fate(NamedTuple):
     result: tuple[Kind, int, str]  # what the engine is told
     told: Micros  # when, after the request was there
     success: bool
+    retry_after: Micros = 0
 
 
 class Node:
@@ -184,7 +185,8 @@ class SimTransport:
     def tell(self, fence: Fence, fate: Fate, started: Micros) -> None:
         if self.node.alive and fence in self.live:
             kind, status, outcome = fate.result
-            self.found.append(Result(*fence, kind, started, self.world.now, status, outcome))
+            now, wait = self.world.now, fate.retry_after
+            self.found.append(Result(*fence, kind, started, now, status, outcome, retry_after=wait))
             self.node.schedule(self.world.now)
 
     def results(self) -> Sequence[Result]:
@@ -304,6 +306,9 @@ class Recorder:
                     self.verbs.append((verb, arguments[0], [(arguments[1], name) for name in arguments[2]], list(result)))
                 case "own":
                     self.verbs.append((verb, arguments[0], (), list(result)))
+                case "put_note":
+                    self.world.oracle.sometimes["troubled target told"] += '"targets": [[' in arguments[1]
+                    self.world.oracle.sometimes["slowed queue told"] += '"queues": [[' in arguments[1]
                 case "pause":
                     self.verbs.append((verb, self.world.now, list(arguments[0]), result))
             return result

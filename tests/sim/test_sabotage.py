@@ -11,6 +11,7 @@ import pytest
 from deferlib.core import backoff, bucket, fitness, verdict
 from deferlib.core.model import Action, Limiter, Outcome, Result
 from deferlib.core.scheduler import NEVER, Scheduler
+from deferlib.core.throttle import Throttle
 from deferlib.engine.engine import Engine
 from tests.sim.oracle import Violation
 from tests.sim.world import World
@@ -193,6 +194,15 @@ def failed_fast_a_transaction_later(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "refusals", lambda self, now, specs, claims, room: [])
 
 
+def retry_after_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(verdict, "LONGEST_RETRY_AFTER", 0)
+
+
+def slowed_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Throttle, "allowance", lambda self, now: 0 if self.active else NEVER)
+    patch.setattr(Throttle, "ended", lambda self, now, configured: False)
+
+
 TAMPERS: list[type[Tampered]] = [
     SettlesWithoutFence,
     ClaimsBeforeItRenews,
@@ -219,6 +229,8 @@ PLANTS: list[Plant] = [
     failed_fast_though_slots_are_free,
     failed_fast_and_charged,
     failed_fast_a_transaction_later,
+    retry_after_ignored,
+    slowed_for_ever,
 ]
 
 

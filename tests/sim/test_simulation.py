@@ -19,8 +19,8 @@ SEEDS = range(FIRST, FIRST + int(os.environ.get("DEFERLIB_SIM_SEEDS", "60")))
 MUST_HAPPEN = {
     "crash", "dead", "delete", "drained", "duplicate run", "failed begin", "failed commit", "failed fast", "fenced settle",
     "glitch",
-    "killer given up", "lease expiry", "outage", "pause", "release", "renew", "retry", "stall", "takeover",
-    "unknown commit",
+    "killer given up", "lease expiry", "outage", "overload", "pause", "release", "renew", "retry", "slowed queue told",
+    "stall", "takeover", "troubled target told", "unknown commit",
 }  # fmt: skip
 
 

@@ -58,10 +58,11 @@ class World:
         self.in_process = self.rng.random() < 0.4
         self.lease, self.poll = LEASE, POLL
         self.events: list[tuple[Micros, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.order, self.names = count(), count()
+        self.order, self.names, self.numbers = count(), count(), count()
         self.log: list[str] = []
         self.version = 0  # of the database
         self.outage_until: Micros = 0
+        self.overloaded_until: dict[str, Micros] = {}  # by queue
         self.running: dict[int, int] = {}  # handlers by task
         self.unknown = 0  # adds whose outcome is still unknown
         self.store = SqliteStore(":memory:")
@@ -105,6 +106,8 @@ class World:
             self.run(self.now + CALM, self.over)
             self.oracle.finished()
             self.run(self.now + RECOVERY)
+            self.hint()  # one that says nothing is no reason to go on
+            self.run(self.now + 3 * SECOND)
             writes = [node.store.writes for node in self.nodes]
             self.run(self.now + 3 * SECOND)
             must(writes == [node.store.writes for node in self.nodes], "idle engines write")
@@ -135,8 +138,10 @@ class World:
 
     def plan(self) -> None:
         rng, begin = self.rng, self.now
-        for number in range(rng.randint(15, 50)):
-            self.at(begin + rng.randrange(STORM), self.add, self.task(number))
+        for _ in range(rng.randint(15, 50)):
+            self.at(begin + rng.randrange(STORM), self.add, self.task(next(self.numbers)))
+        if not self.peace:
+            self.at(begin + rng.randrange(STORM // 2), self.overload, rng.choice(("default", "metered", "narrow")))
         for _ in range(0 if self.peace else rng.randint(0, 3)):
             self.at(begin + rng.randrange(STORM), self.outage)
             self.at(begin + rng.randrange(STORM), self.terminate)
@@ -146,10 +151,10 @@ class World:
             queue = rng.choice(QUEUES).name
             self.at(begin + rng.randrange(STORM // 2), self.pause, queue)
 
-    def task(self, number: int) -> NewTask:
+    def task(self, number: int, queue: str = "") -> NewTask:
         rng = self.rng
         name = f"name-{rng.randrange(12)}" if rng.random() < 0.3 else None
-        queue = rng.choice(QUEUES).name
+        queue = queue or rng.choice(QUEUES).name
         eta = self.now + (rng.randrange(2 * STORM) if rng.random() < 0.3 else 0)
         retry = '{"retry_limit":2,"max_backoff":1000000}' if rng.random() < 0.2 else ""
         fail_fast = int(rng.random() < 0.3)
@@ -213,6 +218,15 @@ class World:
         self.outage_until = self.now + self.rng.randrange(5 * SECOND)
         self.note("outage", self.outage_until)
 
+    def overload(self, queue: str) -> None:
+        """Let the target answer 503 to all of a queue for a while, in which much is added to it."""
+        until = min(self.now + self.rng.randrange(5 * SECOND, 15 * SECOND), self.end_of_storm)
+        self.overloaded_until[queue] = until
+        self.note("overload", queue, until)
+        for _ in range(12):
+            task = self.task(next(self.numbers), queue)._replace(eta=self.now, fail_fast=0)
+            self.at(self.now + self.rng.randrange(SECOND), self.add, task)
+
     def pause(self, queue: str) -> None:
         """Pause a queue, or resume it."""
         paused = queue not in self.oracle.paused
@@ -254,6 +268,9 @@ class World:
             return Fate(wait, took, end, took, success)
         if not self.storm:
             return Fate(wait, quick, ok, quick, True)
+        pause = rng.choice((0, 0, SECOND // 2, 3 * SECOND))
+        if self.now < self.overloaded_until.get(delivery.claim.queue, 0):
+            return Fate(wait, quick, (Kind.ANSWERED, 503, ""), quick, False, pause)
         if self.now < self.outage_until:
             return Fate(wait, None, (Kind.UNREACHABLE, 0, ""), quick, False)
         fates = {
@@ -261,6 +278,8 @@ class World:
             Fate(wait, slow, ok, slow, True): 8,  # longer than a lease, perhaps
             Fate(rng.randrange(2 * SECOND), quick, ok, quick, True): 4,  # waits for a connection
             Fate(wait, quick, failed, quick, False): 20,
+            Fate(wait, quick, (Kind.ANSWERED, 503, ""), quick, False, pause): 3,
+            Fate(wait, quick, (Kind.ANSWERED, 429, ""), quick, False, pause): 3,
             Fate(wait, quick, (Kind.ANSWERED, 200, "permanent"), quick, False): 2,
             Fate(wait, quick, (Kind.ANSWERED, 500, "undecodable"), quick, False): 2,
             Fate(wait, quick, (Kind.MALFORMED, 0, ""), quick, False): 2,

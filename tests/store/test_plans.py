@@ -31,6 +31,7 @@ SORTS = {
 }
 # What may be walked: tables of a handful of rows, or rows already limited.
 WALKS = {
+    "next_dues": {"queues"},
     "queues": {"queues"},
     "disown": {"queues"},
     "disown_all": {"queues"},
@@ -100,6 +101,7 @@ def test_no_statement_walks_or_sorts_what_may_be_large(connection: apsw.Connecti
         ("claim_fast", "SEARCH tasks USING INDEX tasks_fast (queue=? AND due<?)"),
         ("next_due_fast", "SEARCH tasks USING COVERING INDEX tasks_fast (queue=? AND due>?)"),
         ("in_flight", "SEARCH flights USING PRIMARY KEY (queue=?)"),
+        ("next_dues", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),
         ("next_due", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),
         ("live_page", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),
         ("purge_page", "SEARCH tasks USING COVERING INDEX tasks_due (queue=? AND due>?)"),

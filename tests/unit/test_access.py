@@ -247,14 +247,15 @@ def test_websocket_is_never_a_task() -> None:
     "path",
     [
         "/tasks", "/tasks/", "/tasks/mail", "//tasks", "/./tasks", "/tasks//mail", "/x/../tasks", "/tasks/../x",
-        "/x/y/../../tasks", "/../tasks", "/tasks/..", "tasks", "/admin/jobs", "/admin/jobs/7", "/admin//jobs",
+        "/x/y/../../tasks", "/Tasks", "/TASKS/mail",
+        "/../tasks", "/tasks/..", "tasks", "/admin/jobs", "/admin/jobs/7", "/admin//jobs",
     ],
 )  # fmt: skip
 def test_path_is_covered_however_it_is_spelled(path: str) -> None:
     assert Access(("/tasks", "/admin/jobs/")).covers(path)
 
 
-@pytest.mark.parametrize("path", ["", "/", "/task", "/tasks-list", "/tasksx/mail", "/x/tasks", "/admin", "/jobs", "/Tasks"])
+@pytest.mark.parametrize("path", ["", "/", "/task", "/tasks-list", "/tasksx/mail", "/x/tasks", "/admin", "/jobs"])
 def test_path_beside_is_not_covered(path: str) -> None:
     assert not Access(("/tasks", "/admin/jobs/")).covers(path)
 
@@ -265,10 +266,100 @@ def test_root_covers_everything(path: str) -> None:
     assert not Access(()).covers(path)
 
 
-@pytest.mark.parametrize("paths", ["tasks", "", ["/a", "b"], [7], ["*"]])
+@pytest.mark.parametrize("paths", ["tasks", ["/a", "b"], [7], ["*"]])
 def test_path_that_is_none_is_refused(paths: Any) -> None:
     with pytest.raises(ValueError, match="begin with '/'"):
         deferlib.task_only(view, paths)
+
+
+@pytest.mark.parametrize(
+    "path", ["/tasks/.*", "/tasks/*", "/tasks/<id>", "/tasks/{id}", "/t%C3%A2ches", "/tasks/../x", "/a?b", "^/x"]
+)
+def test_pattern_is_no_path(path: str) -> None:
+    """app.yaml has patterns; here one would protect nothing, and nobody would know."""
+    with pytest.raises(ValueError, match=r"stands for itself and all below it|begin with '/'"):
+        deferlib.task_only(view, path)
+
+
+@pytest.mark.parametrize("paths", ["", [], ()])
+def test_no_paths_at_all_are_refused(paths: Any, kind: Kind) -> None:
+    with pytest.raises(ValueError, match="open to all"):
+        deferlib.task_only(view, paths) if kind == "wsgi" else asgi.task_only(async_view, paths)
+
+
+@pytest.mark.parametrize(
+    ("root", "path"),
+    [
+        ("", "http://x/tasks/resize"),  # the absolute form of a request's target, as hypercorn and uvicorn's h11 pass it on
+        ("", "tasks/resize"),
+        ("", "/api/tasks/resize"),  # FastAPI(root_path="/api") and Django's FORCE_SCRIPT_NAME set it after the middleware
+        ("/api", "/api/tasks/resize"),
+        ("/api", "/api/api/tasks/resize"),
+        ("/api", "/x/api/tasks/resize"),
+        ("/api", "/apitasks/resize"),
+        ("/api", "/tasks/resize"),
+        ("/api/", "/api//TASKS/resize"),
+    ],
+)
+def test_path_is_covered_whatever_the_app_takes_for_its_mount_point(root: str, path: str) -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b""}
+
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "query_string": b"", "headers": []}
+    asyncio.run(asgi.task_only(async_view, "/tasks")(scope, receive, send))
+
+    assert sent[0]["status"] == 403
+
+
+def test_app_has_one_is_admin(kind: Kind) -> None:
+    def other(request: object) -> bool:
+        return True
+
+    with pytest.raises(ValueError, match="has one is_admin"):
+        _wrapped_twice(kind, other)
+    same = deferlib.task_only(deferlib.wrap_wsgi_app(view, is_admin=has_cookie), "/tasks", is_admin=has_cookie)
+    assert same.access.is_admin is has_cookie
+
+
+def _wrapped_twice(kind: Kind, other: Any) -> None:
+    if kind == "wsgi":
+        deferlib.task_only(deferlib.wrap_wsgi_app(view, is_admin=has_cookie), "/tasks", is_admin=other)
+    else:
+        asgi.task_only(asgi.wrap_asgi_app(async_view, is_admin=has_cookie), "/tasks", is_admin=other)
+
+
+def test_inner_middleware_asks_for_its_own_admins(kind: Kind) -> None:
+    inner = guarded(kind, is_admin=lambda request: False)
+    if kind == "wsgi":
+        outer: Any = deferlib.wrap_wsgi_app(lambda environ, start: inner(environ, start), is_admin=has_cookie)
+    else:
+
+        async def layer(scope: Any, receive: Any, send: Any) -> None:
+            await inner(scope, receive, send)
+
+        outer = asgi.wrap_asgi_app(layer, is_admin=has_cookie)
+
+    assert get(outer, headers={"Cookie": COOKIE, **FORGED}).status == 403
+
+
+def test_coroutine_function_is_no_is_admin_of_a_wsgi_app() -> None:
+    """The coroutine that it returns would count as true, for anybody."""
+
+    class Admins:
+        async def __call__(self, environ: Any) -> bool:
+            return False
+
+    for is_admin in (has_cookie_after_a_while, Admins()):
+        for wrap in (deferlib.wrap_wsgi_app, deferlib.task_only):
+            with pytest.raises(TypeError, match="not a coroutine function"):
+                wrap(view, is_admin=is_admin)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="can't be awaited here"):
+        get(guarded("wsgi", is_admin=lambda environ: has_cookie_after_a_while(environ)))
 
 
 def test_app_of_the_wrong_kind_is_named() -> None:
@@ -314,6 +405,10 @@ def test_developer_is_an_admin_of_their_own_machine(kind: Kind, host: str, addre
         ({**LOCAL, "Forwarded": "for=198.51.100.7"}, "127.0.0.1"),
         ({**LOCAL, "Sec-Fetch-Site": "cross-site"}, "127.0.0.1"),
         ({**LOCAL, "Sec-Fetch-Site": "same-site"}, "127.0.0.1"),
+        ({**LOCAL, "Origin": "https://evil.example"}, "127.0.0.1"),
+        ({**LOCAL, "Origin": "null"}, "127.0.0.1"),
+        ({**LOCAL, "X-Real-IP": "198.51.100.7"}, "127.0.0.1"),
+        ({**LOCAL, "Via": "1.1 proxy"}, "127.0.0.1"),
     ],
 )
 def test_nobody_else_is_even_there(kind: Kind, headers: dict[str, str], address: str) -> None:

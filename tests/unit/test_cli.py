@@ -1097,5 +1097,5 @@ def test_every_setting_has_a_flag_unless_there_is_a_reason() -> None:
     # A key on the command line is seen by every user of the machine; prefix, limits and margin are the app's business;
     # the others are a project's policy, not one process's.
     assert without == {"key", "prefix", "limits", "deadline_margin"} | {
-        *("quarantine_after", "allow_urls", "accept_unbound"),
+        *("quarantine_after", "allow_urls", "accept_unbound", "trust_host"),
     }

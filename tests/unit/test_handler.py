@@ -781,7 +781,7 @@ def test_invalid_token_stops_at_the_middleware() -> None:
 
     answer = call(wrap_wsgi_app(view), environ)
 
-    assert (answer.status, answer.outcome) == (403, "untrusted")
+    assert (answer.status, answer.outcome) == (403, "mismatched")
     assert not SEEN
     assert not engines(environ)
 

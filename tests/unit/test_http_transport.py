@@ -631,7 +631,7 @@ def test_request_that_cannot_be_made_is_unreachable_and_blocks_nothing(make: Mak
     with serving(answering(OK)) as server:
         results = deliver(transport, *(delivery(server.base, id) for id in range(6)))
 
-        assert [result.kind for result in results] == [Kind.ANSWERED, Kind.UNREACHABLE] * 3
+        assert [result.kind for result in results] == [Kind.ANSWERED, Kind.UNFIT] * 3
         assert results[1].error.startswith("the request could not be made: ")
         assert len(server.received) == 3
         assert transport.room(server.base) >= 1

@@ -30,6 +30,7 @@ MALFORMED = {
     "method": ["", "post", "BAD METHOD", "GET\r\nX: y", "P" * 99],
     "namespace": ["a\r\nX-AppEngine-QueueName: b"],
     "target": ["a\nb"],
+    "url": ["/é", "/a b", "/a\r\nX: y"],
     "name": ["a\r\nX-AppEngine-QueueName: b", "\x00"],
     "deadline": [-5, 31 * DAY],
 }
@@ -59,7 +60,7 @@ def test_malformed_row_is_named(column: str, value: Any) -> None:
         {"retry": '{"retry_limit":0,"min_backoff":5,"of_a_newer_version":"x"}'},
         {"headers": '[["X-A","b\\tc"],["X-A",""],["Accept","\xe9"]]'},
         {"history": '[{"attempt":1,"error":"x"}]'},
-        {"method": "DELETE", "url": "/é"},
+        {"method": "DELETE", "url": "/%C3%A9?x=%20"},
     ],
 )
 def test_sound_row_is_sound(fields: dict[str, Any]) -> None:

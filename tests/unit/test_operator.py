@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import pytest
 import deferlib
 from deferlib import config
 from deferlib.core.model import SECOND, Action, Claim, Outcome, Result
+from deferlib.engine import operator
 from deferlib.engine.build import build
 from deferlib.engine.engine import Engine
 from deferlib.engine.metrics import Metrics
@@ -347,6 +349,126 @@ def test_clients_that_send_nothing_keep_nobody_waiting(site: Open) -> None:
     finally:
         for each in idle:
             each.close()
+
+
+# --- clients that take their time --------------------------------------------------------------------------------------
+
+
+def knock(number: int, data: bytes = b"GET /healthz HTTP/1.1\r\nX: ") -> socket.socket:
+    """Open a connection whose request isn't all there."""
+    client = socket.create_connection(("127.0.0.1", number), timeout=20)
+    client.sendall(data)
+    return client
+
+
+def is_ended(client: socket.socket) -> bool:
+    """Tell whether the port has ended the connection, without waiting for that."""
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /heal", b"GET /healthz HTTP/1.1\r\nX: ", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n"]
+)
+def test_as_many_slow_clients_as_there_are_places_keep_nobody_out(site: Open, start: bytes) -> None:
+    slow = [knock(site.number, start) for _ in range(operator._REQUESTS)]
+    try:
+        answers = [ask(site.number, "/healthz").status for _ in range(5)]
+    finally:
+        for each in slow:
+            each.close()
+
+    assert answers == [200] * 5
+
+
+def test_the_oldest_gives_way(site: Open) -> None:
+    slow = [knock(site.number) for _ in range(operator._REQUESTS)]
+    try:
+        assert ask(site.number, "/healthz").status == 200
+        wait_for(lambda: is_ended(slow[0]))
+        assert [is_ended(each) for each in slow[1:]] == [False] * (operator._REQUESTS - 1)
+    finally:
+        for each in slow:
+            each.close()
+
+
+def test_a_client_whose_answer_is_being_made_gives_way_to_nobody(site: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def text() -> bytes:
+        inside.set()
+        go_on.wait(20)
+        return b"slow but sure"
+
+    monkeypatch.setattr(site.port._exposition, "text", text)
+    first = knock(site.number, b"GET /metrics HTTP/1.0\r\n\r\n")
+    inside.wait(20)
+    slow = [knock(site.number) for _ in range(2 * operator._REQUESTS)]
+    try:
+        assert ask(site.number, "/healthz").status == 200
+        go_on.set()
+        assert b"".join(iter(lambda: first.recv(4096), b"")).endswith(b"slow but sure")
+    finally:
+        go_on.set()
+        for each in (first, *slow):
+            each.close()
+
+
+def test_more_answers_at_once_than_there_are_places_are_not_made(site: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go_on = threading.Semaphore(0), threading.Event()
+
+    def text() -> bytes:
+        started.release()
+        go_on.wait(20)
+        return b"done"
+
+    monkeypatch.setattr(site.port._exposition, "text", text)
+    asked = [knock(site.number, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(operator._REQUESTS)]
+    try:
+        for _ in asked:
+            assert started.acquire(timeout=20)
+        with pytest.raises(ConnectionError):
+            ask(site.number, "/healthz")
+        go_on.set()
+        assert all(b"".join(iter(partial(each.recv, 4096), b"")).endswith(b"done") for each in asked)
+    finally:
+        go_on.set()
+        for each in asked:
+            each.close()
+
+
+def test_a_connection_ends_at_its_time_however_busily_it_sends(
+    runtime: Callable[..., config.Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operator, "_PATIENCE", 0.5)
+    with opened(runtime(free_port())) as site:
+        client = knock(site.number)
+        client.settimeout(0.02)
+        began = time.monotonic()
+        with suppress(ConnectionError):
+            while time.monotonic() - began < 10:
+                with suppress(TimeoutError):
+                    client.recv(1)
+                    break
+                client.sendall(b"a")
+        client.close()
+
+        assert 0.4 <= time.monotonic() - began < 10
+        assert ask(site.number, "/healthz").status == 200
+
+
+def test_closing_ends_what_is_open(runtime: Callable[..., config.Runtime]) -> None:
+    with opened(runtime(free_port())) as site:
+        client = knock(site.number)
+        assert ask(site.number, "/healthz").status == 200, "so the one before has its place"
+
+    assert client.recv(1) == b""
+    client.close()
 
 
 # --- `deferlib engine` ------------------------------------------------------------------------------------------------

@@ -44,7 +44,16 @@ def test_windows_are_judged_rightly() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "size", "seconds"),
-    [(1 / 60, 1, 600), (0.5, 5, 60), (5, 5, 20), (100, 1, 4), (100, 50, 4), (1_000, 5, 2), (5_000, 5, 0.4), (5_000, 500, 0.4)],
+    [
+        (1 / 60, 1, 600),
+        (0.5, 5, 60),
+        (5, 5, 20),
+        (100, 1, 4),
+        (100, 50, 4),
+        (1_000, 5, 2),
+        (5_000, 5, 0.4),
+        (5_000, 500, 0.4),
+    ],
 )
 def test_no_window_has_more_than_bucket_and_rate_and_a_backlog_has_nearly_all_of_it(
     rate: float, size: int, seconds: float
@@ -137,6 +146,21 @@ def test_rate_that_is_changed_holds_from_then_on() -> None:
     assert before > faster
 
 
+def test_tasks_that_cant_be_sent_cost_no_tokens() -> None:
+    town = Town(QueueConfig(name="default", rate=10, bucket_size=5))
+    town.engine(target=lambda name: None)
+    town.add(100, target="nowhere")
+    town.run(30)
+    begun = town.now
+    for number in range(100):
+        town.at(begun + number * SECOND // 10, town.add, 1)
+
+    town.run(11)
+
+    assert len(town.starts) >= 95
+    assert beyond(town.times(), 10, 5) <= 0
+
+
 # --- concurrency ------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +197,7 @@ def test_slots_of_a_killed_engine_are_anothers_when_its_leases_have_ended() -> N
     town.run(2 * LEASE / SECOND, until=lambda: len(town.starts) == 3)
 
     assert {start.node for start in town.starts} == {node.name for node in nodes if node is not owner}
-    assert (LEASE // 2) < town.starts[0].at - killed < LEASE + LEASE // 4 + 2 * SECOND
+    assert LEASE // 2 < town.starts[0].at - killed <= LEASE + 2 * SECOND
 
 
 # --- order and fairness -----------------------------------------------------------------------------------------------
@@ -250,6 +274,37 @@ def test_queues_with_backlogs_get_equal_shares() -> None:
 
     shares = [len(town.times(name)) for name in names]
     assert max(shares) - min(shares) < 0.05 * sum(shares)
+
+
+def test_queues_share_a_slot_evenly_whatever_other_targets_do() -> None:
+    town = Town(
+        QueueConfig(name="a"), QueueConfig(name="b"), QueueConfig(name="other", target="o"), respond=lambda *_: TENTH
+    )  # fmt: skip
+    town.engine(slots=1)
+    town.add(200, "a")
+    town.add(200, "b")
+    town.run(0.05)
+    town.add(400, "other")
+
+    town.run(15)
+
+    assert abs(len(town.times("a")) - len(town.times("b"))) < 10
+
+
+def test_idle_queues_cost_a_busy_one_little() -> None:
+    """Every hint may be about any of them."""
+    town = Town(QueueConfig(name="default"), *(QueueConfig(name=f"idle-{number}") for number in range(100)))
+    node = town.engine()
+    town.add(6_000)
+
+    def hint() -> None:
+        node.engine.wake()
+        town.at(town.now + 2_000, hint)
+
+    hint()
+    town.run(1)
+
+    assert len(town.starts) > 0.7 * SLOTS * 100
 
 
 def test_target_that_hangs_costs_its_own_slots_only() -> None:

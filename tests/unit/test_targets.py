@@ -30,8 +30,8 @@ def _runtime() -> Iterator[None]:
     config.install(former)
 
 
-def use(targets: object) -> None:
-    deferlib.configure(store="sqlite:///:memory:", targets=targets)
+def use(targets: object, **settings: object) -> None:
+    deferlib.configure(store="sqlite:///:memory:", targets=targets, **settings)
 
 
 def target_of(task: Task) -> str:
@@ -62,7 +62,14 @@ def test_name_has_its_url_or_the_templates() -> None:
 def test_host_chooses_among_what_is_configured(host: str, name: str | None) -> None:
     named = {"worker": WORKER, "plain": "http://plain.internal/path", "safe": "https://safe.internal:443"}
 
-    assert Targets(named, TEMPLATE).name_of(host) == name
+    assert Targets(named, TEMPLATE).name_of(host, by_template=True) == name
+    by_name = name if name in named else None
+    assert Targets(named, TEMPLATE).name_of(host) == by_name, "a template leaves the choice to whoever sends the request"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.9:8080", "10.1.2.3:8080", "1:8080", "0x7f000001:8080"])
+def test_host_makes_no_address_a_target(host: str) -> None:
+    assert Targets({}, "http://{target}:8080").name_of(host, by_template=True) is None
 
 
 @given(st.text(max_size=30))
@@ -111,7 +118,10 @@ def test_other_templates_are_refused(value: object) -> None:
 
 def test_task_stays_with_the_target_that_serves_the_request() -> None:
     use({"worker": WORKER, "*": TEMPLATE})
-    token = request_host.set("worker.internal:8081")
+    token = request_host.set("v2.worker.example.com")
+    assert target_of(Task()) == "", "the header of a request may be anything"
+    use({"worker": WORKER, "*": TEMPLATE}, trust_host=True)
+    request_host.set("worker.internal:8081")
     try:
         assert (target_of(Task()), Task().target) == ("worker", "worker")
         assert target_of(Task(target="other")) == "other"
