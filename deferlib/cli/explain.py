@@ -10,15 +10,18 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 from deferlib.cli.show import count, iso, print_json, relative, safe
-from deferlib.core.model import Decision, Micros, QueueStats, TaskRow
+from deferlib.core import bucket
+from deferlib.core.model import Decision, Micros, QueueRow, QueueStats, TaskRow
 from deferlib.core.rules import Rules
 from deferlib.core.scheduler import Scheduler
 from deferlib.engine.troubles import conditions, slowdowns
+from deferlib.outbound import NOWHERE
 
 if TYPE_CHECKING:
     from deferlib.cli.store import Opened
     from deferlib.store import Tx
 
+CONCURRENCY = 32  # deliveries at once to one target
 MOST_AHEAD = 10_000  # counting them takes a few milliseconds
 HELP = """\
 Why a task isn't running, and when it is expected to: what the engine's own
@@ -47,7 +50,11 @@ def explain(it: Opened, tx: Tx, now: Micros, row: TaskRow) -> Explanation:
     notes = tx.notes()
     slowed = slowdowns(notes, now)
     rules = Rules(
-        node="", base=it.settings["app"], target=it.settings["targets"].get, concurrency=it.settings["concurrency"] or 32
+        node="",
+        base=it.settings["app"],
+        target=it.settings["targets"].get,
+        concurrency=it.settings["concurrency"] or CONCURRENCY,
+        origin=(it.settings["allow_urls"] or NOWHERE).origin,
     )
     scheduler = Scheduler(rules, Random(0))
     scheduler.configure(queues)
@@ -58,27 +65,36 @@ def explain(it: Opened, tx: Tx, now: Micros, row: TaskRow) -> Explanation:
         reasons.insert(0, Decision("no engine serves the store: start `deferlib engine`, or `deferlib dev`"))
     assert row.due is not None
     ahead = tx.ahead(row.queue, row.due, row.id, MOST_AHEAD)
-    rate = next((queue.config.rate for queue in queues if queue.name == row.queue), None)
+    queue = next(each for each in queues if each.name == row.queue)
     throttled = slowed[row.queue].rate if row.queue in slowed else None
-    rates = [each for each in (rate, throttled) if each]
-    return Explanation(
-        reasons, ahead, _expected(now, row.due, reasons, ahead, stats.get(row.queue), min(rates, default=None))
-    )
+    return Explanation(reasons, ahead, _expected(now, row.due, reasons, ahead, queue, stats[row.queue], throttled))
 
 
 def _expected(
-    now: Micros, due: Micros, reasons: list[Decision], ahead: int, stats: QueueStats | None, rate: float | None
+    now: Micros,
+    due: Micros,
+    reasons: list[Decision],
+    ahead: int,
+    queue: QueueRow,
+    stats: QueueStats,
+    throttled: float | None,
 ) -> Micros | None:
     """Return when a task should start; None if that depends on somebody's doing, or on tasks that never end."""
-    if any(reason.until is None and "concurrent" not in reason.reason for reason in reasons):
+    busy = [reason for reason in reasons if reason.until is None]
+    if any(" concurrent" not in reason.reason and " deliveries" not in reason.reason for reason in busy):
         return None
     at = max([now, due, *(reason.until for reason in reasons if reason.until is not None)])
-    waits = ahead + 1 if rate else ahead
-    pace = rate or (stats.executed_last_minute / 60 if stats is not None else 0.0)
-    crowded = any(reason.until is None for reason in reasons)
-    if (waits or crowded) and not pace:
+    rate = queue.config.rate
+    if rate:  # its own tokens say when
+        interval, size = bucket.interval_of(rate), queue.config.bucket_size
+        needed = ahead + 1 - bucket.tokens(queue.tat, interval, size, now)
+        if needed > 0:
+            at = max(at, bucket.next_token(queue.tat, interval, size, now) + (needed - 1) * interval)
+    pace = throttled if throttled else stats.executed_last_minute / 60
+    waits = (0 if rate and not throttled else ahead) + len(busy)
+    if waits and not pace:
         return None
-    return at + round((waits + crowded) / pace * 1e6) if waits or crowded else at
+    return at + round(waits / pace * 1e6) if waits else at
 
 
 def explain_task(arguments: argparse.Namespace) -> int:
