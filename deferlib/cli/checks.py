@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deferlib import config
+from deferlib import config, owners
 from deferlib.cli.key_use import used
 from deferlib.cli.probe import Answer, ask
 from deferlib.cli.settings import unknown_hint, unknown_variables
@@ -114,6 +116,7 @@ def _store(case: Case) -> Iterator[Finding]:
     yield Finding(OK, "store", f"{shown}: {count(tasks, 'task')}, {count(dead, 'dead letter')}")
     if case.path is not None:
         yield from _disk(case.path)
+        yield from _permissions(case.path)
 
 
 def _disk(path: str) -> Iterator[Finding]:
@@ -124,10 +127,32 @@ def _disk(path: str) -> Iterator[Finding]:
             "store",
             f"it lies on a network file system ({kind}), where SQLite's locks don't hold; use a local disk",
         )
-    stat = os.statvfs(path)
-    free = stat.f_bavail * stat.f_frsize
+    disk = os.statvfs(path)
+    free = disk.f_bavail * disk.f_frsize
     if free < _LOW_DISK:
         yield Finding(WARNING, "store", f"only {free // 2**20:,} MB are free on its disk; a full one takes no more tasks")
+
+
+def _permissions(path: str) -> Iterator[Finding]:
+    """Tell of what others on this machine can read or write. A key file that is in use is told of with the key."""
+    for name in (path, f"{path}-wal", f"{path}-shm", f"{path}.key"):
+        with suppress(FileNotFoundError):
+            mode = stat.S_IMODE(os.stat(name).st_mode)
+            if mode & 0o066:
+                can = "write" if mode & 0o022 else "read"
+                yield Finding(
+                    PROBLEM if mode & 0o002 else WARNING, "store", f"others can {can} {name} (mode {mode:04o}); run "
+                    f"`chmod 600 {name}`"
+                )  # fmt: skip
+    folder = os.path.dirname(path)
+    why = owners.replaceable(folder)
+    if why:
+        yield Finding(PROBLEM, "store", f"others could put a file of theirs in the place of {path}: {why}")
+    elif os.stat(folder).st_mode & 0o002:
+        yield Finding(
+            WARNING, "store", f"others can put files beside {path}, such as the log that SQLite looks for there; keep it "
+            "in a folder of your own"
+        )  # fmt: skip
 
 
 def _file_system(path: str) -> str:

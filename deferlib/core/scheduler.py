@@ -125,6 +125,11 @@ class Scheduler:
         for name in names:
             self._queues[name].look_at = due.get(name, NEVER)
 
+    @property
+    def draining(self) -> bool:
+        """Whether nothing more is claimed."""
+        return self._draining
+
     def drain(self) -> None:
         """Claim nothing from now on."""
         self._draining = True
@@ -385,8 +390,8 @@ class Scheduler:
             queue, count = self._queues[spec.queue], got.get(spec.queue, 0)
             if count < spec.limit and not spec.fail_fast:
                 queue.look_at = due.get(spec.queue, NEVER)
+            queue.served = self._turn
             if count:
-                queue.served = self._turn
                 queue.throttle.dispatched(count, now)
             if count and spec.interval:
                 queue.tat = bucket.spent(queue.tat, spec.interval, count, now) - refunds.get(spec.queue, 0)

@@ -17,6 +17,8 @@ QUICK, SLOW = 2.0, 1.5  # growth a second: up to half of the pace at which it wa
 LEAST = 1.0  # dispatches per second
 LONGEST_HOLD: Micros = MINUTE  # that a Retry-After may ask for
 _WINDOW: Micros = SECOND
+_LONGEST_WINDOW: Micros = MINUTE
+_SAMPLE = 10  # dispatches that make a window of a second
 
 
 class Throttle:
@@ -53,8 +55,7 @@ class Throttle:
 
     def dispatched(self, count: int, now: Micros) -> None:
         """Count what was dispatched."""
-        if now - self._window >= _WINDOW:
-            self._begin(now)
+        self._roll(now)
         self._count += count
         rate = self.rate(now)
         if rate is not None:
@@ -62,8 +63,7 @@ class Throttle:
 
     def overloaded(self, now: Micros, retry_after: Micros = 0) -> bool:
         """Take a 503; tell whether the rate falls: once a second at most, or twice to the deeper cut."""
-        if now - self._window >= _WINDOW:
-            self._begin(now)
+        self._roll(now)
         self._overloads += 1
         self._asked = max(self._asked, retry_after)
         if self._overloads < FEWEST + SHARE * self._count:
@@ -81,6 +81,7 @@ class Throttle:
         self._tat = max(self._tat, now)
         if self._asked:
             self.hold_until = max(self.hold_until, now + min(self._asked, LONGEST_HOLD))
+            self._at = max(self._at, self.hold_until)  # nothing grows before it ends
         return True
 
     def _deepen(self, now: Micros) -> bool:
@@ -105,7 +106,11 @@ class Throttle:
         """Be as another engine's, as it has told *now*."""
         self._rate, self._at, self._peak, self.since, self.hold_until = rate, now, rate, since, until
 
-    def _begin(self, now: Micros) -> None:
+    def _roll(self, now: Micros) -> None:
+        """Begin a new window after a second; a queue of few tasks gets a longer one, or nothing of it would ever count."""
+        length = now - self._window
+        if length < _WINDOW or (self._count < _SAMPLE and length < _LONGEST_WINDOW):
+            return
         self._window, self._count, self._overloads, self._asked = now, 0, 0, 0
 
     # --- what follows from it -----------------------------------------------------------------------------------------

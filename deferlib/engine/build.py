@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deferlib.contrib.asgi import AsgiApp
 
 CONCURRENCY = 32  # deliveries at once to one target
+GATHER: Micros = SECOND // 250  # how long what finished may wait for more to be settled with it
 
 
 def build(
@@ -68,6 +69,7 @@ def build(
         observer=observer,
         monitor=monitor,
         take_over=app is not None if take_over is None else take_over,
+        gather=GATHER,
         step=step or no_step,
     )
 

@@ -37,6 +37,7 @@ log = logging.getLogger("deferlib.engine")
 _REREAD: Micros = SECOND  # how often the queues' rows are looked at
 _SWEEP: Micros = 10 * MINUTE
 _FEW_QUEUES = 8
+_BATCH = 64  # outcomes that don't wait for more
 _SWEEP_SLICE = 500  # rows: a few milliseconds
 _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
@@ -51,7 +52,8 @@ class Engine:
 
     *node* names this engine as an owner of limited queues; *lease* is how long a claim holds unless renewed. *observer* is
     told of every delivery, *monitor* of every turn. With *take_over* what an engine runs dies with it: a first engine then
-    ends the leases it finds, instead of waiting for them. *step* is called with the name of each step of a turn (answer,
+    ends the leases it finds, instead of waiting for them. What finished waits up to *gather* for more to be settled with it.
+    *step* is called with the name of each step of a turn (answer,
     settle, claim, commit, committed, send), where tests let it fail.
     """
 
@@ -67,6 +69,7 @@ class Engine:
         observer: Observer | None = None,
         monitor: Monitor = UNMONITORED,
         take_over: bool = False,
+        gather: Micros = 0,
         step: Callable[[str], None] = no_step,
     ) -> None:
         self._store = store
@@ -78,9 +81,11 @@ class Engine:
         self._observer = observer
         self._monitor = monitor
         self._take_over = take_over
+        self._gather = gather
         self._step = step
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
+        self._settled_at: Micros = -gather  # when outcomes were settled last
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
@@ -203,19 +208,32 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
-        outcomes = self._unsettled + self._scheduler.renewals(now)
         specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
+        settling = [] if self._gathers(now, specs) else self._unsettled[:]
+        outcomes = settling + self._scheduler.renewals(now)
         if outcomes or specs:  # an idle turn opens no transaction
             self._transacting = True
             try:
                 self._transact(now, outcomes, specs)
             finally:
                 self._transacting = False
+            if settling:
+                del self._unsettled[: len(settling)]  # only now: a failed begin or commit loses no outcome
+                self._settled_at = now
         if self._outbox:
             self._step("send")
             self._send()
             now = self._clock.now()
         return self._wake_at(now)
+
+    def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
+        """Tell whether what finished waits for more to be settled with it: each settle waits for the disk.
+
+        And so do those who add tasks meanwhile. Not where the turn is synced anyway, or somebody waits for the end.
+        """
+        if not self._unsettled or now >= self._settled_at + self._gather or len(self._unsettled) >= _BATCH:
+            return False
+        return not self._stopping and not self._scheduler.draining and not self._scheduler.peeks(specs)
 
     def _plan_fast(self, now: Micros) -> list[ClaimSpec]:
         """Return what to claim only to fail it, because no slot is free and it doesn't wait for one."""
@@ -266,7 +284,6 @@ class Engine:
             tx.fly(self._node, now + self._lease, flying)
             self._step("commit")
         self._step("committed")
-        self._unsettled.clear()  # only now: a failed begin or commit loses no outcome
         self._scheduler.flown(now, flying)
         self._scheduler.looked(now, peeked, next_due)  # before what was settled after it: a retry may be due sooner
         for claim in self._scheduler.settled(now, outcomes, settled):
@@ -318,9 +335,10 @@ class Engine:
                 raise
 
     def _wake_at(self, now: Micros) -> Micros:
-        if self._unsettled or self._hinted:
+        if self._hinted:
             return now
-        return min(self._scheduler.wake_at(now, self._transport.room), self._reread_at, self._sweep_at)
+        settle_at = self._settled_at + self._gather if self._unsettled else self._reread_at
+        return min(settle_at, self._scheduler.wake_at(now, self._transport.room), self._reread_at, self._sweep_at)
 
     # --- beside the path --------------------------------------------------------------------------------------------
 

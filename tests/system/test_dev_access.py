@@ -52,3 +52,25 @@ def test_developer_opens_a_tasks_view_and_sets_its_headers_by_hand(tmp_path: Pat
             assert get("/", **theirs, **by_hand) == (200, "nobody")
         call = requests.post(f"{url}/_ah/queue/deferred", headers=by_hand, data=b"x", timeout=30)
         assert call.status_code == 403
+
+
+def test_what_is_wrong_with_the_app_is_told_to_the_developer_alone(tmp_path: Path) -> None:
+    """And no password of it to anybody."""
+    broken = 'app = None\nraise RuntimeError("can\'t connect: postgresql://shop:canary@db/shop; main.py is broken")\n'
+    desk = Desk(tmp_path, broken, "brokenapp")
+    with desk.dev():
+        desk.sees("can't be imported")
+        url = f"http://127.0.0.1:{desk.port}/"
+        theirs = ({"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"X-Forwarded-For": "198.51.100.7"})
+        ours, *others = [requests.get(url, headers=headers, timeout=30) for headers in ({}, *theirs)]
+
+    assert "RuntimeError: can't connect: postgresql://shop:***@db/shop; main.py is broken" in ours.text
+    assert f'File "{tmp_path}/brokenapp.py", line 2' in ours.text
+    for answer in (ours, *others):
+        assert answer.status_code == 500
+        assert "canary" not in answer.text
+        assert answer.headers["X-Deferlib-Outcome"] == "untrusted"
+    assert {answer.text for answer in others} == {
+        "The app can't be served; it is tried again when a file changes.\n\n"
+        "What is wrong is told in the terminal of `deferlib dev`.\n"
+    }

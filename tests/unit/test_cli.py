@@ -537,6 +537,33 @@ def test_living_task_comes_before_the_dead_letter_of_its_name(cli: Cli, store: c
 # --- nothing secret, nothing harmful ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("/x?token=canary&password=canary&id=7", "/x?token=***&password=***&id=7"),
+        ("/x?id=7&api%5Fkey=canary#access_token=canary", "/x?id=7&api%5Fkey=***#access_token=***"),
+        ("/x?user%5Bpassword%5D=canary=&a=b=c", "/x?user%5Bpassword%5D=***&a=b=c"),
+        ("/x?id=7;token=canary;canary&author=me", "/x?id=7;token=***&author=me"),
+        ("/x?id=7?token=canary&&=1&token", "/x?id=7?token=***&&=1&token"),
+        ("/x?next=a%26token%3D1;b", "/x?next=a%26token%3D1;b"),
+        ("https://me:canary@example.com/a?b=c", "https://***@example.com/a?b=c"),
+        ("/caf%C3%A9/token=1", "/caf%C3%A9/token=1"),
+    ],
+)
+def test_secrets_in_a_url_are_never_shown(
+    cli: Cli, store: config.Runtime, monkeypatch: pytest.MonkeyPatch, url: str, shown: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    row = NewTask(7, 7, "default", "n", "push", now(), now(), "GET", url, "", "", "", "", "", 0, 0, b"", b"")
+    store.store.run(lambda tx: tx.add(now(), [row]))
+
+    for argv in (["tasks", "list"], ["tasks", "show", "n"]):
+        plain, document = cli(*argv), cli(*argv, "--json")
+        assert "canary" not in plain.out + document.out
+        assert f"GET {shown}\n" in plain.out
+    assert document.json["url"] == shown
+
+
 def test_payloads_headers_and_keys_are_never_shown(
     project: Path, cli: Cli, store: config.Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import deferlib
-from deferlib import config, keys
+from deferlib import config, keys, owners
 from deferlib.config import Runtime
 from deferlib.core.model import QueueConfig, QueueSource
 from deferlib.errors import ConfigError, Error, InvalidQueueError, KeyringError
@@ -201,6 +201,48 @@ def test_pyproject_without_a_table_of_ours_is_fine(project: Path) -> None:
 
 
 # --- the root ---------------------------------------------------------------------------------------------------------
+
+
+def test_pyproject_of_another_user_sets_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie in any folder above, /tmp say, where everybody can put one."""
+    path = project.parent / "pyproject.toml"
+    path.write_text("[tool.deferlib]\nstore = 'postgresql://evil.example/theirs'\n")
+    give_away(path, monkeypatch)
+
+    with pytest.raises(ConfigError) as caught:
+        load_settings(environ={})
+
+    text = str(caught.value)
+    assert text.startswith(f"{path}: [tool.deferlib] is {owners.name(path.stat().st_uid)}'s, to whom the file belongs, ")
+    assert f"`chown {owners.myself()} {path}`" in text
+
+
+def test_pyproject_of_another_user_that_sets_nothing_of_ours_is_fine(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project / "pyproject.toml"
+    path.write_text("[tool.other]\na = 1\n[tool.deferlib]\n")
+    give_away(path, monkeypatch)
+
+    assert load_settings(environ={})["lease"] == 30
+
+
+def test_pyproject_of_root_is_taken(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pyproject(project, "lease = 7")
+    me = os.geteuid()
+    monkeypatch.setattr(owners, "_ROOT", me)
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+
+    assert load_settings(environ={})["lease"] == 7
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the file somebody else's: give it away, or else become somebody else."""
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    else:
+        stranger = os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: stranger)
 
 
 @pytest.mark.parametrize("marker", ["queue.yaml", "pyproject.toml"])

@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 import pytest
 
 import deferlib
-from deferlib import config, context, deferred, inbound, namespaces, payload, token
+from deferlib import attempt, config, context, deferred, inbound, keys, namespaces, payload, token
 from deferlib.context import ENVIRON_KEY, Dispatch, TaskContext
 from deferlib.core.model import MINUTE, SECOND, Micros
 from deferlib.errors import ConfigError, PayloadUnverifiedError
@@ -55,6 +55,7 @@ class Response(NamedTuple):
 @pytest.fixture(autouse=True)
 def clock() -> Iterator[Clock]:
     CALLS.clear()
+    attempt._refused.clear()
     clock = Clock()
     former = config.install(None)
     deferlib.configure(store="sqlite:///:memory:", key=KEY, clock=clock)
@@ -465,6 +466,35 @@ def test_path_of_a_refused_request_is_logged_on_one_line(caplog: pytest.LogCaptu
 
     assert lines_of(caplog)[0].isprintable()
     assert len(answer.body) < 400
+
+
+def test_refused_requests_are_a_line_of_each_kind_in_ten_seconds(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can send them: they neither fill the disk, nor bury the line that matters."""
+    now = 100.0
+    monkeypatch.setattr(attempt, "monotonic", lambda: now)
+    other = "another key of sufficient length"
+    unsigned = environ_of(sealed(note)) | {"HTTP_X_DEFERLIB_SIGNATURE": "junk"}
+    refused = "a request with an invalid dispatch token was refused: the token"
+
+    def send(environ: dict[str, Any], times: int = 1) -> list[str]:
+        caplog.clear()
+        for _ in range(times):
+            assert call(deferlib.handler, dict(environ)).status == 403
+        return lines_of(caplog)
+
+    assert send(unsigned, 1_000) == [f"{refused} has an unknown format"]
+    id = keys.parse(other).signing.id.hex()
+    assert send(environ_of(sealed(note), key=other)) == [
+        f"{refused} was signed with key {id}, which isn't in the ring here"
+    ]
+    now += 9.9
+    assert send(unsigned) == []
+    now += 0.1
+    assert send(unsigned, 2) == [f"{refused} has an unknown format (1000 more like it weren't logged)"]
+    now += 10
+    assert send(unsigned) == [f"{refused} has an unknown format (1 more like it weren't logged)"]
 
 
 def test_name_of_a_function_writes_no_lines_of_its_own(caplog: pytest.LogCaptureFixture) -> None:

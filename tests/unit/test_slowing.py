@@ -143,6 +143,24 @@ def test_queue_that_is_asked_to_wait_does_for_a_minute_at_most() -> None:
     assert len(town.starts) > sent + 10
 
 
+def test_queue_that_was_held_ramps_up() -> None:
+    overloaded = True
+    town = Town(
+        respond=lambda *_: QUICK._replace(status=503 if overloaded else 200, retry_after=20 * SECOND if overloaded else 0)
+    )
+    town.engine(slots=2)
+    town.add(5_000)
+    town.run(1)
+    overloaded = False
+    town.starts.clear()
+    town.run(40, until=lambda: town.starts)
+    begun = town.now
+    town.run(30, until=lambda: not town.waiting())
+
+    assert sum(at < begun + SECOND for at in town.times()) < 500, "2,000 would do, were it well"
+    assert not town.waiting()
+
+
 def test_target_that_cannot_be_reached_is_asked_now_and_then_and_ramps_up() -> None:
     up = False
     retry = RetryPolicy(max_backoff=SECOND // 10)

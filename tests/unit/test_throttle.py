@@ -60,9 +60,9 @@ def test_few_503s_among_many_answers_slow_nothing(share: float) -> None:
 
 def test_one_or_two_slow_nothing() -> None:
     throttle = Throttle()
-    for second in range(10):
-        throttle.dispatched(2, NOW + second * SECOND)
-        assert overload(throttle, 2, now=NOW + second * SECOND) == [False, False]
+    for minute in range(10):
+        throttle.dispatched(2, NOW + minute * MINUTE)
+        assert overload(throttle, 2, now=NOW + minute * MINUTE) == [False, False]
 
 
 def test_overload_right_after_a_start_is_judged_by_the_pace() -> None:
@@ -157,3 +157,23 @@ def test_over_any_window_it_lets_no_more_through_than_its_rate() -> None:
         sent += allowed
 
     assert 100 <= sent <= 145, "100 a second, growing by a half, and a tenth of a second's worth at once"
+
+
+def test_slow_queue_whose_target_is_always_overloaded_waits_as_asked() -> None:
+    throttle, now, held = Throttle(), NOW, 0
+    for _ in range(10):
+        throttle.dispatched(1, now)
+        held += throttle.overloaded(now, MINUTE)
+        if throttle.hold(now) is not None:
+            break
+        now += SECOND
+
+    assert held == 1
+    assert throttle.hold(now) == ("asked to wait by its target (503, Retry-After)", now + MINUTE)
+
+
+def test_rate_does_not_grow_while_it_is_held() -> None:
+    throttle = busy(1_000)
+    overload(throttle, 60, retry_after=MINUTE)
+
+    assert throttle.rate(NOW + MINUTE) == throttle.rate(NOW) == 500
