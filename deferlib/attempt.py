@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from http import HTTPStatus
+from time import monotonic
 from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -32,6 +34,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _ANSWER_BYTES = 300
+_QUIET = 10.0  # seconds between two lines in the log about requests that are refused for the same reason
+_refused: dict[object, tuple[float, int]] = {}  # of each kind: when it was logged, and how many there were since
 # What ends an attempt, as its failure. sys.exit() in a call is meant for a script, not for the server that runs it.
 _FAILURES = (Exception, DeadlineExceededError, SystemExit)
 
@@ -122,11 +126,29 @@ def refuse(error: TokenError) -> Answer:
     """Return the answer to a request whose token isn't valid: the engine's or this process's keys are at fault."""
     text = payload.one_line(str(error), _ANSWER_BYTES)
     if isinstance(error, BodyTooLongError):  # whoever sent it; a task's is charged for it
-        log.error("a request was refused: %s", text)
+        _log_refusal(error, "a request was refused", text)
         return Answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "retry", text)
-    log.error("a request with an invalid dispatch token was refused: %s", text)
+    _log_refusal(error, "a request with an invalid dispatch token was refused", text)
     outcome = "mismatched" if isinstance(error, TokenMismatchError) else "untrusted"
     return Answer(HTTPStatus.FORBIDDEN, outcome, f"The dispatch token is refused: {text}")
+
+
+def _log_refusal(error: TokenError, what: str, why: str) -> None:
+    """Log the first of its kind in ten seconds, and how many were left out since the one before: anybody can send them.
+
+    A kind is the place in the code that found it, whatever the request holds, so there are only so many.
+    """
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    kind = (type(error), place and (place.tb_frame.f_code, place.tb_lineno))
+    now = monotonic()
+    since, left_out = _refused.get(kind, (-math.inf, 0))
+    if now - since < _QUIET:
+        _refused[kind] = (since, left_out + 1)  # two threads at once may count as one
+        return
+    _refused[kind] = (now, 0)
+    log.error("%s: %s%s", what, why, f" ({left_out} more like it weren't logged)" if left_out else "")
 
 
 def stopped(task: TaskContext, error: DeadlineExceededError) -> Answer:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
+from deferlib import owners
 from deferlib.errors import KeyringError
 
 log = logging.getLogger("deferlib.keys")
@@ -160,7 +161,7 @@ def generate() -> str:
 
 
 def from_file(path: str) -> Keyring:
-    """Return the ring of the file at *path*, made with one random key if it isn't there; its mode must be 0600.
+    """Return the ring of the file at *path*, made with one random key if it isn't there; `KeyringError` as `read` says.
 
     The ring follows the file. While that is gone, or wrong, the ring stays what it was, and an error is logged.
     """
@@ -210,15 +211,21 @@ class _Follower:
 
 
 def read(path: str) -> tuple[Stamp, str]:
-    """Return the stamp and the text of a key file; `KeyringError` says why it can't be used, and what to do."""
+    """Return the stamp and the text of a key file; `KeyringError` says why it can't be used, and what to do.
+
+    Whoever could have written it knows its keys, and may run code here: so it must be this user's or root's, of mode 0600,
+    where nobody else can put another in its place.
+    """
     try:
         with open(path, "rb", opener=_open) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise KeyringError(f"{path}: the signing keys can't be read: it is no file; move it away")
+            _check_owner(path, found.st_uid)
             mode = stat.S_IMODE(found.st_mode)
             if mode & 0o077:
                 raise KeyringError(f"{path}: others can read the signing keys (mode {mode:04o}); run `chmod 600 {path}`")
+            _check_place(path)
             data = file.read(_MOST_BYTES + 1)
     except IsADirectoryError as error:
         raise KeyringError(f"{path}: the signing keys can't be read: it is a folder; move it away") from error
@@ -239,11 +246,28 @@ def _open(path: str, flags: int) -> int:
 
 def _owner(path: str) -> str:
     """Return whose the file is, if that can be said, and so who can read it."""
-    import pwd  # only here: every process imports this module
-
-    with contextlib.suppress(OSError, KeyError):
-        return f"it belongs to {pwd.getpwuid(os.stat(path).st_uid).pw_name}: run this process as the same user"
+    with contextlib.suppress(OSError):
+        return f"it belongs to {owners.name(os.stat(path).st_uid)}: run this process as the same user"
     return "run this process as the user that it belongs to"
+
+
+def _check_owner(path: str, uid: int) -> None:
+    if not owners.is_trusted(uid):
+        whose = owners.name(uid)
+        raise KeyringError(
+            f"{path}: the signing keys belong to {whose}, not to {owners.trusted()}; run this process as {whose}, or, if "
+            f"nobody else knows these keys, `chown {owners.myself()} {path}`"
+        )
+
+
+def _check_place(path: str) -> None:
+    """Raise `KeyringError` if others could put a file, or a link, of theirs where the key file is, or will be."""
+    for place in {os.path.abspath(path), os.path.realpath(path)}:
+        if os.path.islink(place):
+            _check_owner(path, os.lstat(place).st_uid)
+        why = owners.replaceable(os.path.dirname(place))
+        if why:
+            raise KeyringError(f"{path}: others could put keys of theirs in its place: {why}")
 
 
 def ring_of(path: str, text: str) -> list[bytes]:
@@ -266,6 +290,7 @@ def _make(path: str) -> None:
     folder = os.path.dirname(path) or "."
     draft = f"{path}.new-{os.getpid()}-{secrets.token_hex(4)}"
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    _check_place(path)
     descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

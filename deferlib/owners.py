@@ -28,6 +28,11 @@ def myself() -> str:
     return name(os.geteuid())
 
 
+def trusted() -> str:
+    """Return who `is_trusted`, for people."""
+    return "root" if os.geteuid() == _ROOT else f"{myself()} or root"
+
+
 def replaceable(folder: str) -> str:
     """Return why somebody else could put another file in the place of one in *folder*, and the remedy; '' if nobody can.
 
@@ -36,7 +41,7 @@ def replaceable(folder: str) -> str:
     """
     found = os.stat(folder)
     if not is_trusted(found.st_uid):
-        return f"its folder belongs to {name(found.st_uid)}, not to {myself()} or root; keep the store in one of your own"
+        return f"its folder belongs to {name(found.st_uid)}, not to {trusted()}; keep the store in one of your own"
     mode = stat.S_IMODE(found.st_mode)
     if mode & stat.S_ISVTX or not (mode & 0o002 or (mode & 0o020 and not _is_alone_in(found.st_gid))):
         return ""

@@ -291,6 +291,13 @@ def working_directory() -> Path:
         raise ConfigError(f"the working directory can't be read: {error.strerror}; change to one that exists") from None
 
 
+def _owner_of_here() -> int:
+    try:
+        return os.stat(os.curdir).st_uid
+    except OSError:
+        return -1
+
+
 def _pyproject(root: Path) -> Mapping[str, Any]:
     """Return [tool.deferlib] of the root's pyproject.toml; unknown settings are refused: they are misspelled ones.
 
@@ -313,11 +320,13 @@ def _pyproject(root: Path) -> Mapping[str, Any]:
         raw = raw.get(key, {}) if isinstance(raw, Mapping) else raw
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path}: [tool.deferlib] is a table of settings")
-    if raw and not owners.is_trusted(owner):
+    if (
+        raw and not owners.is_trusted(owner) and owner != _owner_of_here()
+    ):  # who owns the folder that it runs in decides there
         whose, me = owners.name(owner), owners.myself()
         raise ConfigError(
-            f"{path}: [tool.deferlib] is set by {whose}, to whom the file belongs, and this process runs as {me}; run it as "
-            f"{whose}, or `chown {me} {path}` if you agree with what it sets, or take the table out"
+            f"{path}: [tool.deferlib] is {whose}'s, to whom the file belongs, and this process runs as {me}; run it as "
+            f"{whose}, `chown {me} {path}` if you agree with what it sets, or take it out and set DEFERLIB_… variables"
         )
     for name in raw:
         if name not in SETTINGS:

@@ -24,7 +24,7 @@ from deferlib.cli.load import AppBroken, Stopped, load_app
 from deferlib.cli.logs import log_to_stderr
 from deferlib.cli.narrate import Paper
 from deferlib.errors import ConfigError, Error
-from deferlib.settings import find_root, load_settings
+from deferlib.settings import find_root, load_settings, mask
 
 _LOOK_SECONDS = 0.5  # between two looks at the files
 _ACK_SECONDS = 2.0
@@ -330,10 +330,18 @@ class _Access(logging.Handler):
 
 
 def _apology(text: str) -> Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]:
-    """Return an app that shows what is wrong, instead of the one that can't be served."""
-    body = f"The app can't be served; it is tried again when a file changes.\n\n{text}\n".encode("utf-8", "replace")
+    """Return an app that says that the app can't be served, and what is wrong to nobody but the developer."""
+    masked = "\n".join(mask(line) for line in text.split("\n"))  # each alone: from an URL to a decorator's @ is no password
+    shown, hidden = (
+        f"The app can't be served; it is tried again when a file changes.\n\n{detail}\n".encode("utf-8", "replace")
+        for detail in (masked, "What is wrong is told in the terminal of `deferlib dev`.")
+    )
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        def header(name: str) -> str:
+            return str(environ.get(f"HTTP_{name.upper().replace('-', '_')}", ""))
+
+        body = shown if access.is_at_this_machine(environ.get("REMOTE_ADDR") or "", header) else hidden
         headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
         headers.append((token.OUTCOME, "untrusted"))  # an engine that comes here all the same charges no task for it
         start_response("500 Internal Server Error", headers)

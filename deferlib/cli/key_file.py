@@ -38,7 +38,6 @@ class KeyFile:
             raise KeyringError(f"{self.path}: it can't be replaced, and is as it was: {error.strerror}") from error
 
     def _replace(self, data: bytes) -> None:
-        owner = os.stat(self.path)
         draft = f"{self.path}.new"
         with suppress(FileNotFoundError):
             os.unlink(draft)  # of somebody who was killed with the lock in his hands
@@ -46,8 +45,6 @@ class KeyFile:
         try:
             with open(descriptor, "wb") as file:
                 os.fchmod(descriptor, 0o600)  # whatever the umask took away
-                if (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, owner.st_uid, owner.st_gid)  # root's new file would lock the app out
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)

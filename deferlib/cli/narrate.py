@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from deferlib.call_text import call_text
 from deferlib.cli.show import cut, padded, safe
+from deferlib.cli.task_text import shown_url
 from deferlib.core.model import SECOND, Action, Claim, Kind, Micros, Outcome, Result, TaskRow
 from deferlib.engine.observer import describe, length
 from deferlib.keys import Keyring
@@ -110,7 +111,7 @@ class Narrator:
 
     def _subject(self, task: TaskRow | Claim) -> str:
         binding = Binding(task.id, task.name or "", task.queue, task.url, task.namespace)
-        text = call_text(task.body, self._ring, binding) or f"{task.method} {task.url}".rstrip()
+        text = call_text(task.body, self._ring, binding) or f"{task.method} {shown_url(task.url)}".rstrip()
         return text if task.queue == "default" else f"{task.queue}: {text}"
 
     def _tell(self, subject: str, event: _Event) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote_plus
 
 from deferlib.call_text import CallText, read_call
 from deferlib.cli.show import iso, print_fields, print_table, relative, seconds, span, when
 from deferlib.core.model import Micros, QueueRow, TaskRow
 from deferlib.keys import Keyring
 from deferlib.payload import Binding
+from deferlib.secret_names import is_secret
+from deferlib.settings import mask
 
 J = TypeVar("J", dict[str, Any], list[Any])
 
@@ -37,7 +41,29 @@ def line(row: TaskRow, view: View) -> tuple[str, ...]:
 
 def call_of(row: TaskRow, view: View) -> str:
     """Return a deferred call as Python; of other tasks, their request. Nothing of it is run."""
-    return _call(row, view).text or f"{row.method} {row.url}".rstrip()
+    return _call(row, view).text or _request(row)
+
+
+def _request(row: TaskRow) -> str:
+    return f"{row.method} {shown_url(row.url)}".rstrip()
+
+
+def shown_url(url: str) -> str:
+    """Return *url* without passwords, and without the values of parameters whose names say that they are secret."""
+    found = re.search(r"[?#]", url)
+    end = len(url) if found is None else found.start()
+    return mask(url[:end]) + re.sub(r"[^?#&]+", lambda match: _shown_parameter(match[0]), url[end:])
+
+
+def _shown_parameter(text: str) -> str:
+    """Return what stands between two `&`; all that follows a secret's name is masked: servers differ about a `;` in it."""
+    shown = ""
+    for part in re.split(r"(?<=;)", text):
+        name, equals, _ = part.partition("=")
+        if equals and is_secret(unquote_plus(name)):
+            return f"{shown}{name}=***"
+        shown += part
+    return shown
 
 
 def _call(row: TaskRow, view: View) -> CallText:
@@ -58,7 +84,7 @@ def document(row: TaskRow, view: View) -> dict[str, Any]:
         "call": call.text or None,
         "verified": call.verified,
         "method": row.method,
-        "url": row.url,
+        "url": shown_url(row.url),
         "target": _target(row, queue) or None,
         "namespace": row.namespace,
         "tag": row.tag or None,
@@ -106,7 +132,7 @@ def print_task(row: TaskRow, view: View) -> None:
             ("state", _state(row, now)),
             ("next run", _next_run(row, queue, view)),
             ("call", _call(row, view).text),
-            ("request", f"{row.method} {row.url}".rstrip()),
+            ("request", _request(row)),
             ("target", _target(row, queue)),
             ("namespace", row.namespace),
             ("tag", row.tag),

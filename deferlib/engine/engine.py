@@ -38,6 +38,7 @@ _REREAD: Micros = SECOND  # how often the queues' rows are looked at
 _SWEEP: Micros = 10 * MINUTE
 _FEW_QUEUES = 8
 _BATCH = 64  # outcomes that don't wait for more
+_QUICK_TURNS = 4
 _SWEEP_SLICE = 200  # rows: a few milliseconds, also where their names lie far apart
 _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
@@ -86,6 +87,8 @@ class Engine:
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
         self._settled_at: Micros = -gather  # when outcomes were settled last
+        self._claimed_at: Micros = 0  # and tasks claimed
+        self._quick = 0  # how many claims have come one right after the other
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
@@ -208,7 +211,8 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
-        specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
+        paced = self._quick >= _QUICK_TURNS and now < self._claimed_at + self._gather // 2
+        specs = [] if paced else self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
         settling = [] if self._gathers(now, specs) else self._unsettled[:]
         outcomes = settling + self._scheduler.renewals(now)
         if outcomes or specs:  # an idle turn opens no transaction
@@ -224,7 +228,7 @@ class Engine:
             self._step("send")
             self._send()
             now = self._clock.now()
-        return self._wake_at(now)
+        return max(self._wake_at(now), self._claimed_at + self._gather // 2) if paced else self._wake_at(now)
 
     def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
         """Tell whether what finished waits for more to be settled with it: each settle waits for the disk.
@@ -293,8 +297,19 @@ class Engine:
             taken = {claim.id: claim for claim in claims}
             for outcome in refused:
                 self._observer.ended(now, taken[outcome.id], None, outcome)
+        if self._gather and claims:
+            self._pace(now, len(claims))
         self._fresh_until = 0 if self._outbox else now + self._lease // 2
         self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
+
+    def _pace(self, now: Micros, claimed: int) -> None:
+        """See whether tasks come in a stream, one by one: then claims pause for a moment, and take several at once.
+
+        Each claim keeps those waiting who add tasks. A task that comes alone, or a millisecond after another, is no stream.
+        """
+        quick = now - self._claimed_at < SECOND // 1000 or (self._quick >= _QUICK_TURNS and claimed > 1)
+        self._quick = min(self._quick + 1, _QUICK_TURNS) if quick and claimed < _BATCH else 0
+        self._claimed_at = now
 
     def _settle(
         self, tx: Tx, now: Micros, outcomes: Sequence[Outcome], wanted: Sequence[str], owned: Mapping[str, Limiter]

@@ -247,7 +247,7 @@ def _server(listener: socket.socket, app: OperatorPort) -> BaseWSGIServer:
 
         def server_close(self) -> None:
             super().server_close()
-            pass
+            places.end_late(0)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             log.debug("operator port: a request failed", exc_info=True)

@@ -13,10 +13,11 @@ from tests.system.pushing import Target, add, added, at_once, configure, delays
 SEED = 20_261_121
 PROBES = 60
 BOUND = 0.25  # seconds: far above what it takes alone, far below what waiting for the others would take
+BUSY_MACHINE = 10  # times what it takes alone, where that is more
 
 
 def p99(values: list[float]) -> float:
-    return quantiles(values, n=100)[-1]
+    return quantiles(values, n=100, method="inclusive")[-1]
 
 
 def warm(target: Target) -> None:
@@ -47,7 +48,7 @@ def test_queue_with_fifty_thousand_due_tasks_delays_no_other(site: Site) -> None
     ratio = beside / alone
     print(f"start delay p99: {alone * 1e3:.1f} ms alone, {beside * 1e3:.1f} ms beside 50,000 tasks ({ratio:.1f} times)")
     assert worked_off < 50_000, "the backlog was there all the time"
-    assert beside < BOUND
+    assert beside < max(BOUND, BUSY_MACHINE * alone)
 
 
 def test_target_that_hangs_costs_its_own_slots_only(site: Site) -> None:
@@ -66,7 +67,7 @@ def test_target_that_hangs_costs_its_own_slots_only(site: Site) -> None:
 
     print(f"start delay p99: {alone * 1e3:.1f} ms alone, {beside * 1e3:.1f} ms beside a hanging target")
     assert len(stuck.visits()) == 8
-    assert beside < BOUND
+    assert beside < max(BOUND, BUSY_MACHINE * alone)
 
 
 def test_tasks_whose_own_target_hangs_dont_keep_the_others_of_their_queue(site: Site) -> None:
@@ -77,6 +78,8 @@ def test_tasks_whose_own_target_hangs_dont_keep_the_others_of_their_queue(site: 
     )  # fmt: skip
 
     with fine.serving(), stuck.serving(), site.engine():
+        warm(fine)
+        alone = start_delay(fine)
         add(200, "/hang", queue="mixed", target="stuck")
         wait_until(lambda: len(stuck.visits()) == 8, "its slots are taken")
         add(50, "/ok", queue="mixed")
@@ -84,7 +87,7 @@ def test_tasks_whose_own_target_hangs_dont_keep_the_others_of_their_queue(site: 
         beside = start_delay(fine)
 
     assert len(stuck.visits()) == 8
-    assert beside < BOUND
+    assert beside < max(BOUND, BUSY_MACHINE * alone)
 
 
 def test_no_more_run_at_once_than_may_while_two_engines_are_killed(site: Site) -> None:

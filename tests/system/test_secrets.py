@@ -301,7 +301,8 @@ def objects(tmp_path: Path) -> Iterator[list[Any]]:
     deliveries = [Delivery(claim, "http://127.0.0.1:1", MINUTE) for claim in claims]
     requests = [signer(runtime.ring, runtime.clock)(delivery, now) for delivery in deliveries]
     dispatches = [vouch(delivery, now, runtime.clock) for delivery in deliveries]
-    tokens = [token.sign(runtime.ring, now, d, method="POST", body=b"", deadline=MINUTE) for d in dispatches]
+    sent = [d._replace(headers=dict(d.headers)) for d in dispatches]
+    tokens = [token.sign(runtime.ring, now, d, method="POST", body=b"", deadline=MINUTE) for d in sent]
     calls = [payload.dump_call(os.path.join, (ARGUMENT,), {})]
     envelopes = [payload.parse(deferred.serialize(os.path.join, ARGUMENT))]
     settings = load_settings({"key": KEY, "store": f"postgresql://user:{PASSWORD}@db.example/tasks"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import stat
 import subprocess
@@ -349,13 +350,15 @@ def test_rotate_through_a_link_keeps_the_link(cli: Cli, file: KeyFile, project: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_root_leaves_the_file_to_its_owner(cli: Cli, file: KeyFile) -> None:
-    os.chown(file.path, 12345, 23456)
+def test_root_changes_nobody_elses_file_and_is_told_as_whom_to_do_it(cli: Cli, file: KeyFile) -> None:
+    os.chown(file.path, 65534, 65534)
+    whose = pwd.getpwuid(65534).pw_name
 
-    cli("rotate")
+    done = cli("rotate")
 
-    found = file.path.stat()
-    assert (found.st_uid, found.st_gid) == (12345, 23456)
+    assert done.code == 2
+    assert f"{file.path}: the signing keys belong to {whose}, not to root; run this process as {whose}" in done.err
+    assert file.secrets == [OLD]
 
 
 def test_rotate_syncs_the_file_before_it_is_there_and_its_name_afterwards(

@@ -250,16 +250,16 @@ def test_looking_at_an_empty_limited_queue_writes_nothing(bench: Bench) -> None:
 def test_expired_tombstones_are_swept_in_slices(bench: Bench) -> None:
     def left() -> int:
         with bench.store.real.begin() as tx:
-            return sum(bool(tx.find("default", [f"name-{id}"])) for id in range(1, 602))
+            return sum(bool(tx.find("default", [f"name-{id}"])) for id in range(1, 242))
 
-    for id in range(1, 602):
+    for id in range(1, 242):
         bench.add(id, name=f"name-{id}")
     bench.store.real.run(lambda tx: tx.purge(bench.now, "default", 1_000))
     bench.engine.turn()
     bench.clock.advance(9 * 86_400)
 
     until = bench.engine.turn()
-    assert left() == 101
+    assert left() == 41
     assert until == bench.now + SECOND // 10
 
     bench.clock.move_to(until)
@@ -845,3 +845,99 @@ def test_takeover_that_fails_leaves_the_leases_to_run_out(bench: Bench, caplog: 
 
     assert "the leases that another engine left run out by themselves: on purpose" in caplog.text
     assert bench.row(1, "narrow") is None, "it ran in the end"
+
+
+# --- gathering --------------------------------------------------------------------------------------------------------
+
+
+def left(bench: Bench) -> int:
+    """Return how many tasks aren't settled."""
+    with bench.store.real.read() as tx:
+        return tx.stats(bench.now, ["default"])[0].tasks
+
+
+def gathering(bench: Bench) -> None:
+    """Let the bench's engine gather, as an engine of the settings does."""
+    bench.engine._gather = 4_000
+    bench.engine._settled_at = bench.now - 4_000
+
+
+def test_what_finishes_shortly_after_a_settle_waits_for_more(bench: Bench) -> None:
+    gathering(bench)
+    for id in range(1, 4):
+        bench.add(id)
+    bench.engine.turn()
+    first, second, third = bench.carrier.sent[:]
+    bench.carrier.answer(first)
+    bench.engine.turn()
+    assert left(bench) == 2, "the first is settled at once"
+
+    bench.clock.move_to(bench.now + 1_000)
+    bench.carrier.answer(second)
+    until = bench.engine.turn()
+    assert left(bench) == 2
+    assert until == bench.now + 3_000
+
+    bench.clock.move_to(until)
+    bench.carrier.answer(third)
+    bench.engine.turn()
+    assert left(bench) == 0, "both in one"
+    assert bench.engine.idle
+
+
+def test_engine_that_stops_gathers_nothing(bench: Bench) -> None:
+    gathering(bench)
+    for id in range(1, 3):
+        bench.add(id)
+    bench.engine.turn()
+    for each in bench.carrier.sent[:]:
+        bench.engine.drain()
+        bench.carrier.answer(each)
+        bench.engine.turn()
+
+    assert left(bench) == 0
+
+
+def test_failed_settle_is_gathered_again_with_the_rest(bench: Bench) -> None:
+    gathering(bench)
+    bench.add(1)
+    bench.engine.turn()
+    bench.carrier.answer(bench.carrier.sent[0])
+
+    def fail() -> None:
+        raise StoreFullError
+
+    bench.store.before_commit = fail
+    with pytest.raises(StoreFullError):
+        bench.engine.turn()
+    bench.store.before_commit = lambda: None
+    bench.engine.turn()
+
+    assert left(bench) == 0
+
+
+def test_tasks_that_come_in_a_stream_are_claimed_several_at_once(bench: Bench) -> None:
+    gathering(bench)
+    claims = 0
+    for id in range(1, 41):
+        bench.add(id)
+        bench.engine.wake()
+        before = len(bench.carrier.sent)
+        bench.engine.turn()
+        claims += len(bench.carrier.sent) > before
+        bench.clock.move_to(bench.now + 500)
+    bench.clock.move_to(bench.now + 4_000)
+    bench.engine.turn()
+
+    assert len(bench.carrier.sent) == 40
+    assert claims <= 16, "after the first few, one claim in two milliseconds"
+
+
+def test_tasks_that_come_one_by_one_start_at_once(bench: Bench) -> None:
+    gathering(bench)
+    for id in range(1, 20):
+        bench.add(id)
+        bench.engine.wake()
+        bench.engine.turn()
+        assert len(bench.carrier.sent) == id
+        bench.clock.move_to(bench.now + 1_200)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import hmac
 import logging
 import os
+import pwd
+import re
 import stat
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferlib import keys
+from deferlib import keys, owners
 from deferlib.errors import ConfigError, KeyringError
 
 FIRST = "first-key-0123456789"
@@ -298,6 +302,153 @@ def test_file_of_another_user_is_refused_with_whose_it_is(tmp_path: Path) -> Non
     )
 
 
+# --- who could have put it there --------------------------------------------------------------------------------------
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the file, or the link, somebody else's: give it away, or else become somebody else."""
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    else:
+        stranger = os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: stranger)
+
+
+def key_file(folder: Path, text: str = FIRST) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "key"
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def test_file_that_somebody_else_has_put_there_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root, say, can read it all the same, and would run whatever its owner signs."""
+    path = key_file(tmp_path)
+    give_away(path, monkeypatch)
+
+    with pytest.raises(KeyringError) as caught:
+        keys.from_file(str(path))
+
+    assert re.match(
+        rf"{path}: the signing keys belong to .+, not to (.+ or )?root; run this process as ", str(caught.value)
+    )
+    assert f"`chown {owners.myself()} {path}`" in str(caught.value)
+    assert FIRST not in str(caught.value)
+
+
+def test_link_that_somebody_else_has_put_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = key_file(tmp_path / "mine")
+    link = tmp_path / "key"
+    link.symlink_to(path)
+    ours = keys.from_file(str(link))
+    give_away(link, monkeypatch)
+
+    assert ours.ids() == [ONE]
+    with pytest.raises(KeyringError, match=r"the signing keys belong to .+, not to (.+ or )?root"):
+        keys.from_file(str(link))
+
+
+def test_roots_file_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a secret that is mounted into a container."""
+    path = key_file(tmp_path)
+    me = os.geteuid()
+    monkeypatch.setattr(owners, "_ROOT", me)
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+
+    assert keys.from_file(str(path)).ids() == [ONE]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o702])
+@pytest.mark.parametrize("exists", [True, False])
+def test_folder_that_others_can_write_to_is_refused_and_no_key_made_in_it(tmp_path: Path, mode: int, exists: bool) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    if exists:
+        key_file(folder)
+    folder.chmod(mode)
+
+    with pytest.raises(KeyringError) as caught:
+        keys.from_file(str(folder / "key"))
+
+    assert str(caught.value) == (
+        f"{folder / 'key'}: others could put keys of theirs in its place: others can write to its folder "
+        f"(mode {mode:04o}); run `chmod go-w {folder}`, or keep the store in a folder below it, which is made for you alone"
+    )
+    assert os.listdir(folder) == ["key"] * exists
+
+
+def test_folder_behind_a_link_is_looked_at_as_well(tmp_path: Path) -> None:
+    path = key_file(tmp_path / "open")
+    path.parent.chmod(0o777)
+    (tmp_path / "key").symlink_to(path)
+
+    with pytest.raises(KeyringError, match=f"chmod go-w {path.parent}`"):
+        keys.from_file(str(tmp_path / "key"))
+
+
+def test_sticky_folder_keeps_our_file_where_it_is(tmp_path: Path) -> None:
+    path = key_file(tmp_path / "tmp")
+    path.parent.chmod(0o1777)
+
+    assert keys.from_file(str(path)).ids() == [ONE]
+
+
+def test_folder_in_a_folder_that_all_can_write_to_is_ours(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+
+    assert keys.from_file(str(tmp_path / "own" / "key")).ids()
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = key_file(tmp_path / "theirs")
+    os.chown(path.parent, 65534, 65534)
+
+    with pytest.raises(
+        KeyringError, match=r"its folder belongs to .+, not to (.+ or )?root; keep the store in one of your own"
+    ):
+        keys.from_file(str(path))
+
+
+def test_group_may_write_to_the_folder_if_nobody_else_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a group for each user, folders that are made with the umask 002 are their owner's alone."""
+    path = key_file(tmp_path / "shop")
+    path.parent.chmod(0o775)
+    user, members = pwd.getpwuid(os.geteuid()), list[str]()
+    of_user = [path.parent.stat().st_gid]
+    monkeypatch.setattr(owners, "_ROOT", -1)  # whose group is root's alone anyway
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group((user.pw_name, "x", gid, members)))
+    monkeypatch.setattr(
+        pwd, "getpwuid", lambda uid: pwd.struct_passwd((user.pw_name, "x", uid, of_user[-1], "", "/", "/bin/sh"))
+    )
+
+    assert keys.from_file(str(path)).ids() == [ONE]
+    members.append(user.pw_name)
+    assert keys.from_file(str(path)).ids() == [ONE]
+    members.append("somebody")
+    with pytest.raises(KeyringError, match=r"others can write to its folder \(mode 0775\)"):
+        keys.from_file(str(path))
+    members.pop()
+    of_user.append(of_user[0] + 1)
+    with pytest.raises(KeyringError, match="others can write to its folder"):
+        keys.from_file(str(path))
+
+
+def test_user_and_group_without_a_name_are_told_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = 3_999_999_999
+    path = key_file(tmp_path / "shop")
+    path.parent.chmod(0o770)
+    monkeypatch.setattr(owners, "_is_alone_in", partial(lambda real, gid: real(unknown), owners._is_alone_in))
+
+    assert owners.name(unknown) == f"user {unknown}"
+    with pytest.raises(KeyringError, match="others can write to its folder"):
+        keys.from_file(str(path))
+
+
 def test_place_that_can_t_be_written_is_a_keyring_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
@@ -509,6 +660,32 @@ def test_file_that_others_can_read_is_not_taken_until_it_is_mended(watched: Watc
     assert (open_to_all, ring.signing.id) == (ONE, TWO)
     [error] = watched.errors
     assert error.endswith(f"run `chmod 600 {watched.path}`")
+
+
+def test_file_that_somebody_else_puts_in_its_place_is_not_taken(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(SECOND)
+    give_away(watched.path, monkeypatch)
+    for _ in range(2):
+        watched.wait()
+        assert (ring.signing.id, ring.get(TWO)) == (ONE, None)
+
+    [error] = watched.errors
+    assert "the signing keys belong to " in error
+
+
+def test_file_that_changes_in_a_folder_of_everybody_is_not_taken_until_that_is_mended(watched: Watched) -> None:
+    ring = keys.from_file(str(watched.path))
+    watched.write(SECOND)
+    watched.path.parent.chmod(0o777)
+    watched.wait()
+    open_to_all = ring.signing.id
+    watched.path.parent.chmod(0o755)
+    watched.wait()
+
+    assert (open_to_all, ring.signing.id) == (ONE, TWO)
+    [error] = watched.errors
+    assert f"run `chmod go-w {watched.path.parent}`" in error
 
 
 def test_file_that_came_back_and_vanishes_again_is_told_again(watched: Watched) -> None:

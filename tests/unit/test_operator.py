@@ -467,6 +467,7 @@ def test_closing_ends_what_is_open(runtime: Callable[..., config.Runtime]) -> No
         client = knock(site.number)
         assert ask(site.number, "/healthz").status == 200, "so the one before has its place"
 
+    client.settimeout(5)  # its own patience is longer
     assert client.recv(1) == b""
     client.close()
 

@@ -74,7 +74,7 @@ def test_enforced_rate_lies_below_the_queues_own_and_never_above() -> None:
         respond=lambda _, now: QUICK._replace(status=503 if 5 <= (now - town.begun) // SECOND < 15 else 200),
     )
     town.engine()
-    town.add(10_000)
+    town.add(5_000)
 
     town.run(80)
 
@@ -247,11 +247,11 @@ def test_target_that_is_overloaded_for_a_few_keeps_most_of_its_rate(share: float
     rng = Random(1)
     town = Town(respond=lambda *_: QUICK._replace(status=503 if rng.random() < share else 200))
     town.engine(slots=2)
-    town.add(12_000)
+    town.add(8_000)
 
-    town.run(6)
+    town.run(4)
 
-    assert len(town.starts) > kept * 12_000
+    assert len(town.starts) > kept * 8_000
 
 
 @pytest.mark.parametrize("poison", [1, 10])
@@ -260,13 +260,13 @@ def test_poison_tasks_that_answer_503_slow_no_others(poison: int) -> None:
     town = Town(respond=lambda delivery, _: QUICK._replace(status=503 if delivery.claim.id in bad else 200))
     town.engine(slots=2)
     for _ in range(poison):
-        town.add(10_000 // poison // 2)
+        town.add(5_000 // poison // 2)
         bad.update(town.add(1))
-        town.add(10_000 // poison // 2)
+        town.add(5_000 // poison // 2)
 
     town.run(30, until=lambda: town.waiting() <= poison)
 
-    assert town.seconds < 10, "5 at full speed"
+    assert town.seconds < 5, "2.5 at full speed"
 
 
 def test_stray_503_is_forgotten_after_an_idle_hour() -> None:
