@@ -292,6 +292,7 @@ def working_directory() -> Path:
 
 
 def _owner_of_here() -> int:
+    """Return whose the folder is in which this process was started: they decide there anyway."""
     try:
         return os.stat(os.curdir).st_uid
     except OSError:
