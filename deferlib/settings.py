@@ -321,9 +321,7 @@ def _pyproject(root: Path) -> Mapping[str, Any]:
         raw = raw.get(key, {}) if isinstance(raw, Mapping) else raw
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path}: [tool.deferlib] is a table of settings")
-    if (
-        raw and not owners.is_trusted(owner) and owner != _owner_of_here()
-    ):  # who owns the folder that it runs in decides there
+    if raw and not owners.is_trusted(owner) and owner != _owner_of_here():
         whose, me = owners.name(owner), owners.myself()
         raise ConfigError(
             f"{path}: [tool.deferlib] is {whose}'s, to whom the file belongs, and this process runs as {me}; run it as "
