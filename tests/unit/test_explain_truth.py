@@ -48,9 +48,7 @@ def test_task_that_waits_for_the_next_token_is_expected_with_it(desk: Desk) -> N
     import apsw
 
     connection = apsw.Connection(str(desk.dsn.removeprefix("sqlite:///")))
-    connection.execute(
-        "update queues set tat = ? where name = 'daily'", (desk.now + 5 * day,)
-    )  # a day from the next token
+    connection.execute("update queues set tat = ? where name = 'daily'", (desk.now + 5 * day,))  # a day from the next token
     connection.close()
 
     document = desk.json("x")
