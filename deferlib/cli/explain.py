@@ -87,9 +87,7 @@ def _expected(
     rate = queue.config.rate
     if rate:  # its own tokens say when
         interval, size = bucket.interval_of(rate), queue.config.bucket_size
-        needed = ahead + 1 - bucket.tokens(queue.tat, interval, size, now)
-        if needed > 0:
-            at = max(at, bucket.next_token(queue.tat, interval, size, now) + (needed - 1) * interval)
+        at = max(at, max(queue.tat, now) + (ahead + 1 - size) * interval)
     pace = throttled if throttled else stats.executed_last_minute / 60
     waits = (0 if rate and not throttled else ahead) + len(busy)
     if waits and not pace:

@@ -15,10 +15,10 @@ from random import Random
 from typing import NamedTuple
 
 from deferlib.core import bucket
+from deferlib.core.crowding import Crowding
 from deferlib.core.fitness import Fitness
 from deferlib.core.health import Ailment, Condition, Health
 from deferlib.core.model import (
-    SECOND,
     Action,
     Claim,
     ClaimSpec,
@@ -44,8 +44,6 @@ NEVER: Micros = 2**62
 _served = attrgetter("served")
 _QUEUE = itemgetter(Claim._fields.index("queue"))
 OVERLOADED = 503
-FIRST_PUT_OFF: Micros = SECOND
-LONGEST_PUT_OFF: Micros = 30 * SECOND
 _AILMENTS = {
     Kind.UNREACHABLE: Ailment.UNREACHABLE,
     Kind.UNKNOWN: Ailment.FAILING,
@@ -84,7 +82,7 @@ class Scheduler:
         self._health = Health(rules.concurrency)
         self._fitness = Fitness(rules, rng)
         self._throttled: set[str] = set()  # queues whose enforced rate has changed, untold
-        self._put_off: dict[str, tuple[Micros, Micros]] = {}  # by target: for how long tasks are put off, and since when
+        self._crowding = Crowding(rules.concurrency)
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
         self._draining = False
@@ -244,7 +242,7 @@ class Scheduler:
         for claim in claims:
             config = self._config(claim.queue)
             outcome = self._fitness.unfit(now, claim, config, isolated, claim.queue in full)
-            if outcome is None and (claim.target or claim.url[:2] == "//" or claim.url[:1] != "/"):
+            if outcome is None and _has_its_own(claim):
                 outcome = self._crowded_out(now, claim, config, left, room)
             if outcome is not None:
                 refused.append(outcome)
@@ -264,10 +262,7 @@ class Scheduler:
     def _crowded_out(
         self, now: Micros, claim: Claim, config: QueueConfig, left: dict[str, int], room: Callable[[str], int]
     ) -> Outcome | None:
-        """Return the outcome of a fit claim whose own target has no room; its queue was asked for by another one's.
-
-        It is put off for longer and longer, as long as that target has none: or the same tasks would come again and again.
-        """
+        """Return the outcome of a fit claim whose own target has no room; its queue was asked for by another one's."""
         base = self._rules.destination(claim, config)
         if self._rules.in_process or base == self._base(self._queues[claim.queue]):
             return None
@@ -277,7 +272,7 @@ class Scheduler:
         if left[base] >= 0:
             return None
         held = self._health.hold(base, now)
-        until = max(self._health.until(base), now + self._put_off.get(base, (FIRST_PUT_OFF, now))[0])
+        until = max(self._health.until(base), self._crowding.again(base, now, -left[base]))
         return release(claim, until, held.reason if held is not None else f"target {base} takes no more at once")
 
     def renewals(self, now: Micros) -> list[Outcome]:
@@ -399,23 +394,14 @@ class Scheduler:
         return [self._deliver(now, claim) for claim in claims if claim.id not in refused]
 
     def _note_put_off(self, now: Micros, claims: Sequence[Claim], refusals: Iterable[Outcome]) -> None:
-        """Put tasks of a target off for longer if it had no room again, up to `LONGEST_PUT_OFF`; forget those that have."""
-        released = {outcome.id for outcome in refusals if outcome.action is Action.RELEASE}
-        if not released and not self._put_off:
-            return
-        for claim in claims:
-            if not claim.target and claim.url[:1] == "/":
-                continue
-            config = self._config(claim.queue)
-            with suppress(InvalidUrlError):
-                base = self._rules.destination(claim, config)
-                if claim.id not in released:
-                    self._put_off.pop(base, None)
-                elif (known := self._put_off.get(base)) is None or now - known[1] >= known[0] // 2:
-                    length = FIRST_PUT_OFF if known is None else min(2 * known[0], LONGEST_PUT_OFF)
-                    self._put_off[base] = length, now
-        while len(self._put_off) > 1_000:  # origins of absolute URLs can be any number
-            self._put_off.pop(next(iter(self._put_off)))
+        """Remember until when tasks with targets of their own were put off."""
+        released = {outcome.id: outcome.at for outcome in refusals if outcome.action is Action.RELEASE}
+        if released:
+            for claim in claims:
+                if claim.id in released and _has_its_own(claim):
+                    with suppress(InvalidUrlError):
+                        base = self._rules.destination(claim, self._config(claim.queue))
+                        self._crowding.put_off(base, now, released[claim.id])
 
     def flown(self, now: Micros, tasks: Mapping[str, int]) -> None:
         """Take what the store was told to be in flight."""
@@ -454,6 +440,8 @@ class Scheduler:
             return None
         self._land(flight)
         queue = self._queues.get(flight.claim.queue)
+        if result.kind is Kind.ANSWERED and _has_its_own(flight.claim):
+            self._crowding.answered(flight.base, result.ended - result.started)
         if result.outcome != "ok" or self._health:
             self._learn(now, flight, queue, result)
         config = queue.config if queue is not None else QueueConfig(name=flight.claim.queue)
@@ -608,6 +596,11 @@ class Scheduler:
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)
         return known.config if known is not None else QueueConfig(name=queue)
+
+
+def _has_its_own(claim: Claim) -> bool:
+    """Tell whether a claim may go to another target than its queue's."""
+    return bool(claim.target) or leaves(claim.url)
 
 
 def _count(claims: Iterable[Claim]) -> Mapping[str, int]:

@@ -89,7 +89,7 @@ class Throttle:
         self._deep = True
         rate = self.rate(now)
         if rate is not None:
-            self._rate, self._at = max(rate * DEEP_CUT / CUT, LEAST), now
+            self._rate, self._at = max(rate * DEEP_CUT / CUT, LEAST), max(now, self.hold_until)
         return rate is not None
 
     def ended(self, now: Micros, configured: float | None) -> bool:
