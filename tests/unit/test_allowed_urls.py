@@ -225,7 +225,12 @@ def test_spelling_in_the_store_is_never_connected_to(canary: Canary, spelling: s
     assert row.reason
     assert row.reason.isprintable()
     assert "pw" not in row.reason
-    assert (row.attempts, row.executions, row.failures) == (0, 0, 0)
+    assert (row.executions, row.failures) == (0, 0)
+    if not spelling.isascii() or not spelling.isprintable() or " " in spelling:  # no version of deferlib writes such a row
+        assert row.died is not None
+        assert row.reason.startswith("quarantine: the row is malformed: its url ")
+        return
+    assert row.attempts == 0
     assert row.due is not None
     assert row.due >= before + UNRESOLVED_DELAY
 
