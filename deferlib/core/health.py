@@ -201,6 +201,13 @@ class Health:
             return Decision(f"target {base} {state.ailment}: {state.reason}", state.until if now < state.until else None)
         return Decision(f"target {base} {state.ailment}, and is at {state.in_flight}/{int(state.limit)} deliveries")
 
+    def trouble(self, base: str) -> str:
+        """Return what is wrong with *base*; '' if it is well."""
+        state = self._states.get(base)
+        if state is None or state.ailment is None:
+            return ""
+        return f"target {base} {state.ailment}: {state.reason}"
+
     def conditions(self) -> list[Condition]:
         """Return the targets in trouble."""
         return [

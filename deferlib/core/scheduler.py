@@ -271,9 +271,8 @@ class Scheduler:
         left[base] -= 1
         if left[base] >= 0:
             return None
-        held = self._health.hold(base, now)
         until = max(self._health.until(base), self._crowding.again(base, now, -left[base]))
-        return release(claim, until, held.reason if held is not None else f"target {base} takes no more at once")
+        return release(claim, until, self._health.trouble(base) or f"target {base} takes no more at once")
 
     def renewals(self, now: Micros) -> list[Outcome]:
         """Return the renewals due at *now*. Changes no state."""

@@ -84,7 +84,7 @@ def push(*addresses):
     engine.turn()
     until = runtime.clock.now() + 20 * SECOND
     while not engine.idle and runtime.clock.now() < until:
-        transports[0].wait(until)
+        transports[0].wait(min(until, runtime.clock.now() + 10_000))
         engine.turn()
     engine.close()
     with runtime.store.read() as tx:

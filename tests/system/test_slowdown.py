@@ -48,7 +48,7 @@ def test_backlog_ramps_up_after_an_outage(site: Site) -> None:
     assert target.visits()[0].start - back < 7, "it is tried every five seconds at least"
     assert ramp[0] <= 4, "one, and what its answer lets go"
     assert sum(ramp[:3]) <= 16
-    assert max(ramp) <= 32
+    assert max(ramp) <= 64, "32 at once, 40 ms each"
 
 
 def test_overloaded_target_gets_little_and_all_of_it_is_told(site: Site) -> None:

@@ -109,11 +109,11 @@ def work(**options: Any) -> None:
 
     engine = build(runtime, around=around, **options)
     try:
-        engine.turn()
+        again = engine.turn()
         until = runtime.clock.now() + PATIENCE
         while not engine.idle and runtime.clock.now() < until:
-            transports[0].wait(until)
-            engine.turn()
+            transports[0].wait(min(again, until))
+            again = engine.turn()
     finally:
         engine.close()
 
