@@ -293,6 +293,8 @@ class Handler:
         """Run the request's call; return the body, the status and the headers of the answer."""
         if environ["REQUEST_METHOD"] != "POST":
             return self._checkup(environ).response
+        if inbound.is_no_call(environ.get("CONTENT_TYPE") or "", environ.get("HTTP_CONTENT_ENCODING") or ""):
+            return attempt.WRONG_TYPE.response
         dispatch = _received(environ)
         if isinstance(dispatch, attempt.Answer):
             return dispatch.response

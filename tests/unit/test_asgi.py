@@ -545,3 +545,14 @@ def test_any_other_request_that_is_not_found_stays_so(body: bytes | None, url: s
     answer = send(Middleware(not_found), client(sealed(note, url=url) if body is None else body, url))
 
     assert (answer.status, answer.body, answer.headers, CALLS) == (404, "no such page", {"x-view": "1"}, [])
+
+
+@pytest.mark.parametrize("header", [(b"content-type", b"multipart/form-data"), (b"content-encoding", b"gzip")])
+def test_form_or_encoded_body_is_no_call(header: tuple[bytes, bytes]) -> None:
+    body = sealed(note)
+    of = client(body, headers=[header])
+
+    asyncio.run(wrap_asgi_app(Starlette())(of.scope, of.receive, of.send))
+
+    assert (of.response.status, of.response.outcome) == (415, "retry")
+    assert CALLS == []
