@@ -89,6 +89,7 @@ class Engine:
         self._settled_at: Micros = -gather  # when outcomes were settled last
         self._claimed_at: Micros = 0  # and tasks claimed
         self._quick = 0  # how many claims have come one right after the other
+        self._pausing = False  # claims pause: neither a hint nor a few results change when the next turn is due
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
@@ -114,7 +115,7 @@ class Engine:
                 except Exception as error:
                     until = self._troubled(error, pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
-                self._transport.wait(until)
+                self._transport.wait(until, self.enough)
             self._drain()
 
     def _first(self) -> None:
@@ -141,7 +142,8 @@ class Engine:
     def wake(self) -> None:
         """Take a hint that something may be due. From any thread or signal handler."""
         self._hinted = True
-        self._transport.wake()
+        if not self._pausing:
+            self._transport.wake()
 
     def reread(self) -> None:
         """Look at the queues' rows in the next turn, and not up to a second later. From any thread."""
@@ -198,6 +200,15 @@ class Engine:
         return self._transacting or not self.idle
 
     @property
+    def enough(self) -> int:
+        """How many results to wait for, before the next turn is due by the clock."""
+        return _BATCH if self._pausing else 1
+
+    @property
+    def _streams(self) -> bool:
+        return self._quick >= _QUICK_TURNS
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is in flight and nothing waits to be settled."""
         return not self._scheduler.in_flight and not self._unsettled
@@ -211,7 +222,7 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
-        paced = self._quick >= _QUICK_TURNS and now < self._claimed_at + self._gather // 2
+        paced = self._pausing = self._streams and now < self._claimed_at + self._gather
         specs = [] if paced else self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
         settling = [] if self._gathers(now, specs) else self._unsettled[:]
         outcomes = settling + self._scheduler.renewals(now)
@@ -228,7 +239,7 @@ class Engine:
             self._step("send")
             self._send()
             now = self._clock.now()
-        return max(self._wake_at(now), self._claimed_at + self._gather // 2) if paced else self._wake_at(now)
+        return max(self._wake_at(now), self._claimed_at + self._gather) if paced else self._wake_at(now)
 
     def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
         """Tell whether what finished waits for more to be settled with it: each settle waits for the disk.
@@ -236,6 +247,8 @@ class Engine:
         And so do those who add tasks meanwhile. Not where the turn is synced anyway, or somebody waits for the end.
         """
         if not self._unsettled or now >= self._settled_at + self._gather or len(self._unsettled) >= _BATCH:
+            return False
+        if self._streams and specs:  # one transaction for both
             return False
         return not self._stopping and not self._scheduler.draining and not self._scheduler.peeks(specs)
 
@@ -298,17 +311,19 @@ class Engine:
             for outcome in refused:
                 self._observer.ended(now, taken[outcome.id], None, outcome)
         if self._gather and claims:
-            self._pace(now, len(claims))
+            self._pace(now, len(claims), 0 if wanted else sum([spec.limit for spec in specs]))
         self._fresh_until = 0 if self._outbox else now + self._lease // 2
         self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
 
-    def _pace(self, now: Micros, claimed: int) -> None:
+    def _pace(self, now: Micros, claimed: int, limit: int) -> None:
         """See whether tasks come in a stream, one by one: then claims pause for a moment, and take several at once.
 
-        Each claim keeps those waiting who add tasks. A task that comes alone, or a millisecond after another, is no stream.
+        Each claim keeps those waiting who add tasks. A task that comes alone, or a millisecond after another, is no stream,
+        nor is a backlog, of which there is as much as the *limit*. Where queues are limited (0) nothing pauses: a slot or
+        a token that waited would be lost.
         """
-        quick = now - self._claimed_at < SECOND // 1000 or (self._quick >= _QUICK_TURNS and claimed > 1)
-        self._quick = min(self._quick + 1, _QUICK_TURNS) if quick and claimed < _BATCH else 0
+        quick = now - self._claimed_at < SECOND // 1000 or (self._streams and claimed > 1)
+        self._quick = min(self._quick + 1, _QUICK_TURNS) if quick and claimed < limit else 0
         self._claimed_at = now
 
     def _settle(

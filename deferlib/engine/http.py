@@ -137,10 +137,10 @@ class HttpTransport:
             target.waiting.clear()
         return results
 
-    def wait(self, until: Micros) -> None:
-        """Work until there is a result, a wake, or the clock reaches *until*; take all that is ready by then."""
+    def wait(self, until: Micros, enough: int = 1) -> None:
+        """Work until there are *enough* results, a wake, or the clock reaches *until*; take all that is ready by then."""
         self._call_if_due()
-        while not self._results:
+        while len(self._results) < enough:
             patience = (until - self._clock.now()) / SECOND
             woken = self._poll(min(max(patience, 0.0), LONGEST_POLL))
             if woken or patience <= 0:

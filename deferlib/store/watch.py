@@ -7,11 +7,18 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 log = logging.getLogger("deferlib.store")
 
 POLL_SECONDS = 0.5  # how late a missed hint is noticed; one `pragma data_version` costs 3 µs
+# Hints that come one within a millisecond of another are a stream: from the eighth on, those of each 4 ms are one. A wake-up
+# for each takes the core from whoever adds tasks: 2,350 a second beside an engine, so and with `Engine.enough` 2,900.
+_STREAM = 8
+_QUICK_SECONDS = 0.001
+_GATHER_SECONDS = 0.004
+_MOST = 1000  # hints taken at once
 
 
 class Watch:
@@ -58,12 +65,36 @@ class Watch:
 
     def _run(self) -> None:
         seen = self._version()
+        last, quick = 0.0, 0
         while not self._stop.is_set():
             if self._hinted():
                 self.wake()
-            elif not self._stop.is_set() and (now := self._version()) != seen:
-                seen = now
+                now = time.monotonic()
+                quick, last = quick + 1 if now - last < _QUICK_SECONDS else 0, now
+                if quick >= _STREAM:
+                    self._gather()
+                    quick = 0
+            elif not self._stop.is_set() and (version := self._version()) != seen:
+                seen = version
                 self.wake()
+
+    def _gather(self) -> None:
+        """Take hints together while they come in a stream. Each is followed by a wake-up, if not one of its own."""
+        more = 2
+        while more > 1 and not self._stop.wait(_GATHER_SECONDS):
+            more = self._drained()
+            if more:
+                self.wake()
+
+    def _drained(self) -> int:
+        """Take the hints that are there; return how many."""
+        assert self._receiver is not None
+        taken = 0
+        with contextlib.suppress(OSError):  # none is left
+            while taken < _MOST and not self._stop.is_set():
+                os.read(self._receiver.fileno(), 1)  # `recv` would wait for the socket's timeout
+                taken += 1
+        return taken
 
     def _hinted(self) -> bool:
         if self._receiver is None:
