@@ -2,7 +2,7 @@
 
 A queue is asked for as many tasks as its own target takes, so of another target there may be more than have room. They
 come again when their turn is there, by how long that target takes for one; of one that hasn't answered yet, later and
-later.
+later, and not all at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from deferlib.core.model import SECOND, Micros
 FIRST: Micros = SECOND
 LONGEST: Micros = 30 * SECOND
 _MOST = 1_000  # targets: origins of absolute URLs can be any number
+_APART: Micros = SECOND // 5000  # tasks that are put off while nothing is known: each costs 30 µs when it comes again
 _EARLY = 0.9  # so that none of its slots waits for them
 
 
@@ -41,9 +42,14 @@ class Crowding:
         """Return when the task comes again that found no room at *now*, the *place*-th in this turn. Changes nothing."""
         state = self._states.get(base)
         if state is None or not state.took:
-            return now + (FIRST if state is None else state.length)
-        each = max(state.took / self._full, 100.0) * _EARLY
-        return min(max(now, state.next_at) + round(place * each), now + LONGEST)
+            length = FIRST if state is None else state.length
+            return self._after(state, now + length, place * _APART, now)
+        return self._after(state, now, place * max(state.took / self._full, 100.0) * _EARLY, now)
+
+    def _after(self, state: _State | None, soonest: Micros, distance: float, now: Micros) -> Micros:
+        """Return the time behind all that were put off before: thousands at once would keep a turn busy for long."""
+        last = soonest if state is None else max(soonest, state.next_at)
+        return min(last + round(distance), now + LONGEST)
 
     def put_off(self, base: str, now: Micros, until: Micros) -> None:
         """Take that a task was put off *until* then."""

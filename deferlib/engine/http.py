@@ -29,6 +29,7 @@ Prepare: TypeAlias = Callable[[Delivery, Micros], Request]
 
 LOOK_AHEAD: Micros = 20_000  # how long a delivery may wait here for a slot
 MOST_AHEAD = 256
+EVENTS = 256  # taken at once: more would keep the turn waiting
 GATHER = 0.008  # seconds to gather results, while there is a look-ahead to work off: fewer and larger transactions
 BATCH = 160  # results that are enough for one
 NO_PACE: Micros = 10 * SECOND
@@ -225,7 +226,7 @@ class HttpTransport:
         woken = False
         running = len(self._running)
         action, waker = self._multi.socket_action, self._waker.fileno()
-        for descriptor, mask in self._poller.poll(patience, 1024):
+        for descriptor, mask in self._poller.poll(patience, EVENTS):
             if descriptor == waker:
                 self._waker.clear()
                 woken = True

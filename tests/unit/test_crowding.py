@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deferlib.core.crowding import LONGEST, Crowding
 from deferlib.core.model import SECOND
 from tests.unit.virtual_engines import Answer, Town
 
@@ -27,6 +28,26 @@ def test_tasks_with_a_target_of_their_own_that_is_well_use_its_slots(tasks: int,
     town.run(300, until=lambda: not town.waiting())
 
     assert town.seconds < 1.5 * tasks * took / SECOND / 32 + 1
+
+
+@pytest.mark.parametrize("took", [0, 2 * SECOND])
+def test_thousands_that_find_no_room_come_again_one_after_the_other(took: int) -> None:
+    """All at once they keep the engine busy for longer than a task beside them should wait."""
+    crowding = Crowding(full=2_000)
+    if took:
+        crowding.answered("b", took)
+    times = []
+    for now in range(0, 240_000, 10_000):  # turns
+        found = [crowding.again("b", now, place) for place in range(1, 257)]
+        for until in found:
+            crowding.put_off("b", now, until)
+        times += found
+
+    assert len(set(times)) == len(times)
+    assert times == sorted(times)
+    assert times[-1] < LONGEST
+    within = max(sum(at <= other < at + SECOND // 100 for other in times) for at in times[::100])
+    assert within <= 51, "each costs 30 µs when it comes again"
 
 
 def test_queue_that_was_held_ramps_up() -> None:

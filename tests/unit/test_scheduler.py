@@ -30,7 +30,7 @@ from deferlib.core.model import (
 )
 from deferlib.core.queue_state import FAST_PAUSE
 from deferlib.core.rules import Rules
-from deferlib.core.scheduler import CLAIM_BYTES, FAST_CLAIM, NEVER, Scheduler, Slowdown
+from deferlib.core.scheduler import CLAIM, CLAIM_BYTES, FAST_CLAIM, NEVER, Scheduler, Slowdown
 from deferlib.core.verdict import NO_SLOT
 
 NOW = 1_000 * SECOND
@@ -86,6 +86,13 @@ def test_plan_asks_for_what_has_room_for_one_lease() -> None:
     scheduler = make()
 
     assert scheduler.plan(NOW, room(7)) == [ClaimSpec("default", 7, CLAIM_BYTES, NOW + LEASE, 0)]
+
+
+def test_plan_asks_for_no_more_than_a_turn_can_do_quickly() -> None:
+    scheduler = make()
+
+    assert asked(scheduler.plan(NOW, room(100 * CLAIM))) == {"default": CLAIM}
+    assert asked(scheduler.plan(NOW, room(CLAIM - 1))) == {"default": CLAIM - 1}
 
 
 def test_plan_without_room_asks_for_nothing() -> None:
