@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import hmac
 import io
 import pickle
@@ -28,7 +27,7 @@ from deferlib.errors import (
     PayloadUnverifiedError,
     UnpicklableCallError,
 )
-from deferlib.keys import Key, Keyring
+from deferlib.keys import Key, Keyring, mac
 from deferlib.moved import anything_moved, find
 
 MAGIC = b"dfr"
@@ -124,7 +123,7 @@ def seal(call: Call, key: Key, binding: Binding | None) -> bytes:
     fields = [text.encode() for text in (*texts, call.label)]
     head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *map(len, fields))
     signed = b"".join([head, *fields])
-    return b"".join([signed, hmac.digest(key.payload, signed + call.body, hashlib.sha256), call.body])
+    return b"".join([signed, mac(key.payload, signed, call.body), call.body])
 
 
 def describe_callable(fn: object) -> str:
@@ -258,7 +257,7 @@ def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool
     key = ring.get(envelope.key_id)
     # An unknown key takes the same path, so that the time tells nothing.
     secret = key.payload if key is not None else ring.signing.payload
-    expected = hmac.digest(secret, envelope.signed + envelope.body, hashlib.sha256)
+    expected = mac(secret, envelope.signed, envelope.body)
     genuine = hmac.compare_digest(expected, envelope.signature)
     if key is None:
         raise PayloadKeyUnknownError(

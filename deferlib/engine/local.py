@@ -36,7 +36,8 @@ log = logging.getLogger("deferlib.engine")
 _LOOKAHEAD: Micros = SECOND // 50  # deliveries may wait in the pool for about this long before they start
 _MAX_LOOKAHEAD = 256
 _MAX_WAIT_SECONDS = 60.0
-_GATHER = 2  # milliseconds to gather results in
+_GATHER = 2  # milliseconds to gather results in, and that
+_GATHERS = 5  # times at most
 _BATCH = 96  # results that are enough for a transaction
 
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -148,7 +149,9 @@ class LocalTransport:
             self._wakes = 0
             self._waker.clear()
         # While the threads have work, a turn can wait for more results: fewer transactions, and fewer fights for the GIL.
-        if 0 < len(self._done) < _BATCH and self._inbox.qsize() > self._threads:
+        for _ in range(_GATHERS):
+            if not 0 < len(self._done) < _BATCH or self._inbox.qsize() <= self._threads:
+                break
             self._poll.poll(_GATHER)
             self._waker.clear()
 
