@@ -57,6 +57,11 @@ def is_no_call(content_type: str, encoding: str) -> bool:
     return encoding.strip().lower() not in ("", "identity") or content_type.strip().lower().startswith(_FORMS)
 
 
+def is_signed(environ: Environ) -> bool:
+    """Tell whether a request carries anything for a dispatch token, valid or not."""
+    return bool(environ.get(_SIGNATURE_KEY))
+
+
 def max_body() -> int:
     """Return how many bytes the body of a task may have."""
     limits = config.runtime().limits

@@ -72,7 +72,8 @@ class Middleware:
         if deferred_call and scope["method"] not in ("GET", "POST"):
             return await _respond(send, attempts.WRONG_METHOD)
         if deferred_call and inbound.is_no_call(_header(scope, "Content-Type"), _header(scope, "Content-Encoding")):
-            return await _respond(send, attempts.WRONG_TYPE)
+            signed = bool(scope.get(ENVIRON_KEY) or _clean(scope))
+            return await _respond(send, attempts.WRONG_TYPE if signed else attempts.FORBIDDEN)
         try:
             dispatch = await _identify(scope, body)
             if dispatch is not None:

@@ -12,7 +12,7 @@ from tests.system.pushing import Target, add, added, at_once, configure, delays
 
 SEED = 20_261_121
 PROBES = 60
-BOUND = 0.25  # seconds: far above what it takes alone, far below what waiting for the others would take
+BOUND = 1.0  # seconds: above what a busy machine's stalls take, far below what waiting for the others would take
 BUSY_MACHINE = 10  # times what it takes alone, where that is more
 
 

@@ -556,3 +556,10 @@ def test_form_or_encoded_body_is_no_call(header: tuple[bytes, bytes]) -> None:
 
     assert (of.response.status, of.response.outcome) == (415, "retry")
     assert CALLS == []
+
+    of = client(body, headers=[header])
+    of.scope["headers"] = [each for each in of.scope["headers"] if each[0].lower() != b"x-deferlib-signature"]
+
+    asyncio.run(wrap_asgi_app(Starlette())(of.scope, of.receive, of.send))
+
+    assert (of.response.status, of.response.outcome) == (403, "untrusted"), "a visitor's"

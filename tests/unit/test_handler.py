@@ -297,6 +297,13 @@ def test_form_or_encoded_body_is_refused_unread(key: str, value: str) -> None:
     assert (answer.status, answer.outcome) == (415, "retry")
     assert CALLS == []
 
+    environ = environ_of(sealed(note))
+    del environ["HTTP_X_DEFERLIB_SIGNATURE"]
+    environ |= {key: value, "wsgi.input": None}
+    answer = call(deferlib.handler, environ)
+
+    assert (answer.status, answer.outcome) == (403, "untrusted"), "a visitor's"
+
 
 @pytest.mark.parametrize("content_type", ["", "application/octet-stream", "application/json", "text/plain; charset=utf-8"])
 def test_any_other_content_type_is_the_tasks_own_business(content_type: str) -> None:
