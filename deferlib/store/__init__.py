@@ -39,7 +39,10 @@ class Tx(Protocol):
     """
 
     def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
-        """Insert *tasks*; each one's result stands at its place, and a refused one touches no other."""
+        """Insert *tasks*; each one's result stands at its place, and a refused one touches no other.
+
+        Of two with one id in *tasks* one is inserted, usually the first.
+        """
 
     def delete(self, now: Micros, queue: str, names: Sequence[str]) -> list[DeleteResult]:
         """Delete tasks and dead letters; a name is the user's or the public one. A named task leaves its tombstone."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
+_PARAMETER = re.compile(r":([a-z_]+)")
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 
 
@@ -22,6 +24,12 @@ def load(dialect: str) -> dict[str, str]:
                 lines = [line for line in text.splitlines() if not line.lstrip().startswith("--")]
                 found[name] = "\n".join(lines).strip()
     return found
+
+
+def numbered(statement: str, names: Sequence[str]) -> str:
+    """Return *statement* with its `:name`s as `?1`, `?2`, … in the order of *names*: it takes a tuple for a mapping."""
+    places = {name: place for place, name in enumerate(names, 1)}
+    return _PARAMETER.sub(lambda found: f"?{places[found[1]]}", statement)
 
 
 @cache

@@ -5,6 +5,7 @@ Safe to check and then write, statement by statement: SQLite has one writer, and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NoReturn, TypeVar
@@ -38,6 +39,7 @@ from deferlib.store.sqlite_file import translation
 T = TypeVar("T")
 
 SQL = queries.load("sqlite")
+_ADD = queries.numbered(SQL["add"], (*NewTask._fields, "size", "place"))  # one executemany of tuples: 2 µs a task less
 _KEEP_MINUTES = 24 * 60
 _FEW = 8  # queues that are asked for one by one
 _LOST = -1  # the place of what lost its fence
@@ -103,34 +105,33 @@ class SqliteTx:
 
     def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
         modes: dict[str, str | None] = {}
-        added: dict[str, int] = {}
-        results = []
-        for task in tasks:
+        results = [AddResult.ADDED] * len(tasks)
+        values = []
+        for place, task in enumerate(tasks):
             queue = task.queue
             if queue not in modes:
                 modes[queue] = self._value("queue_mode", {"queue": queue})
             mode = modes[queue]
-            if mode != task.mode:
-                results.append(AddResult.NO_QUEUE if mode is None else AddResult.WRONG_MODE)
-                continue
-            result = self._insert(now, task)
-            if result is AddResult.ADDED:
-                added[queue] = added.get(queue, 0) + 1
-            results.append(result)
-        self._count(added)
+            if mode == task.mode:
+                values.append((*task, len(task.body), place))
+            else:
+                results[place] = AddResult.NO_QUEUE if mode is None else AddResult.WRONG_MODE
+        added = self._each(_ADD, values)
+        if len(added) < len(values):
+            for place in sorted({value[-1] for value in values}.difference(added)):
+                results[place] = self._add_again(now, tasks[place], place)
+        self._count(Counter(tasks[place].queue for place, result in enumerate(results) if result is AddResult.ADDED))
         return results
 
-    def _insert(self, now: Micros, task: NewTask) -> AddResult:
-        values = task._asdict()
-        values["size"] = len(task.body)
-        if self._value("add", values) is not None:
-            return AddResult.ADDED
+    def _add_again(self, now: Micros, task: NewTask, place: int) -> AddResult:
+        """Add what wasn't, if an expired name kept it out; say what else did."""
         nonces = self._column("nonce_of", {"id": task.id})
         if nonces:
             return AddResult.EXISTS if task.nonce in nonces else AddResult.COLLIDED
         name = {"queue": task.queue, "name": task.name, "now": now}
         if self._column("drop_expired_name", name):
-            return AddResult.ADDED if self._value("add", values) is not None else AddResult.COLLIDED
+            added = self._each(_ADD, [(*task, len(task.body), place)])
+            return AddResult.ADDED if added else AddResult.COLLIDED
         return AddResult.TOMBSTONED if self._value("name_state", name) else AddResult.TAKEN
 
     def delete(self, now: Micros, queue: str, names: Sequence[str]) -> list[DeleteResult]:

@@ -97,7 +97,8 @@ class Queue:
             raise NotAvailableError("transactional=True isn't available in this version; add the task after the commit")
         runtime = config.runtime()
         _ = runtime.store  # first: a mistake in queue.yaml shall not leave a new key behind
-        rows = [task._row(self._name, runtime.ring) for task in tasks]
+        key = runtime.ring.signing
+        rows = [task._row(self._name, key) for task in tasks]
 
         def work() -> list[AddResult]:
             return self._store(runtime, tasks, rows)
@@ -109,7 +110,7 @@ class Queue:
         return _Operation(tasks, work, finish)
 
     def _check(self, tasks: Sequence[Task]) -> None:
-        if len({task.method == "PULL" for task in tasks}) > 1:
+        if len({task._method == "PULL" for task in tasks}) > 1:
             raise InvalidTaskError("one call adds push tasks or pull tasks, not both")
         most = config.runtime().limits.tasks_per_add
         if len(tasks) > most:
@@ -133,7 +134,7 @@ class Queue:
                     break
                 for index in again:
                     tasks[index]._renew_id(now)
-                    rows[index] = tasks[index]._row(self._name, runtime.ring)
+                    rows[index] = tasks[index]._row(self._name, runtime.ring.signing)
                 for index, result in zip(again, tx.add(now, [rows[index] for index in again]), strict=True):
                     results[index] = result
             return results

@@ -14,7 +14,7 @@ from deferlib.context import moment
 from deferlib.core.model import SECOND, Micros, NewTask
 from deferlib.errors import InvalidTaskError, InvalidUrlError, TaskTooLargeError
 from deferlib.ids import ids
-from deferlib.keys import Keyring
+from deferlib.keys import Key
 from deferlib.taskqueue import rules
 from deferlib.taskqueue.headers import Headers
 from deferlib.taskqueue.limits import SAFE_URL_BYTES
@@ -308,8 +308,8 @@ class Task:
     def _renew_id(self, now: Micros) -> None:
         self._id = ids.next(now)
 
-    def _row(self, queue: str, ring: Keyring) -> NewTask:
-        """Return the task as the store takes it; a deferred call is sealed for its id and queue."""
+    def _row(self, queue: str, key: Key) -> NewTask:
+        """Return the task as the store takes it; a deferred call is sealed with *key* for its id and queue."""
         mode, url, fail_fast = "pull", "", 0
         if self._method != "PULL":
             mode, url = "push", self._url
@@ -318,9 +318,9 @@ class Task:
             fail_fast = int(rules.fails_fast(self._headers)) if self._headers is not rules.CALL_HEADERS else 0
         body, key_id = self._payload or b"", b""
         if self._call is not None:
-            key_id = ring.signing.id
+            key_id = key.id
             binding = payloads.Binding(self._id, self._name or "", queue, url, self._namespace)
-            body = payloads.seal(self._call, ring.signing, binding)
+            body = payloads.seal(self._call, key, binding)
         return NewTask(
             self._id,
             self._nonce,

@@ -99,14 +99,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.now += rng.choice(PASSED)
 
     def _add(self, rng: Random) -> None:
-        tasks = [self._task(rng) for _ in range(rng.randint(1, 5))]
+        tasks = [self._task(rng, id) for id in rng.sample(IDS, rng.randint(1, 5))]
         results = self.store.run(lambda tx: tx.add(self.now, tasks))
 
         assert results == self.model.add(self.now, tasks)
         self.saw.update(results)
 
-    def _task(self, rng: Random) -> NewTask:
-        id = rng.choice(IDS)
+    def _task(self, rng: Random, id: int) -> NewTask:
         return task(
             id,
             nonce=rng.choice([id, id, id, -id]),

@@ -9,7 +9,7 @@ select
     :method, :url, :target, :headers, :namespace, :tag, :retry, :key_id, :body
 where not exists (select 1 from dead where id = :id)
 on conflict do nothing
-returning id
+returning :place
 
 -- name: nonce_of
 select nonce from tasks where id = :id
