@@ -102,8 +102,7 @@ class Site:
         return self._journal("end")
 
     def _journal(self, word: str) -> Counter[str]:
-        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
-        return Counter(line.split()[1] for line in lines if line.startswith(f"{word} "))
+        return Counter(line.split()[1] for line in whole_lines(self.journal) if line.startswith(f"{word} "))
 
     def waiting(self) -> int:
         """Return how many live tasks the store holds."""
@@ -113,6 +112,11 @@ class Site:
 
     def log(self) -> str:
         return (self.folder / "log").read_text()
+
+
+def whole_lines(log: Path) -> list[str]:
+    """Return the lines of a log that others write to: not the last one while it comes, and none before there is a log."""
+    return log.read_text().split("\n")[:-1] if log.exists() else []
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from deferlib import config
 from deferlib.core.model import NewTask
 from deferlib.ids import ids
-from tests.system.processes import Site, free_port, listens, wait_until
+from tests.system.processes import Site, free_port, listens, wait_until, whole_lines
 
 _SCRIPT = Path(__file__).with_name("pushed.py")
 
@@ -53,7 +53,7 @@ class Target:
     def visits(self, queue: str | None = None) -> list[Visit]:
         """Return the requests of a queue, in the order in which they came."""
         open_, visits = {}, []
-        for line in self._log.read_text().splitlines() if self._log.exists() else []:
+        for line in whole_lines(self._log):
             what, at, name, task, path = line.split()
             if what == "start":
                 open_[name, task] = len(visits)

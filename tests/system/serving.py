@@ -13,7 +13,7 @@ import requests
 
 from deferlib import deferred, payload, taskqueue
 from deferlib.taskqueue.limits import MAX_TASKS_PER_ADD
-from tests.system.processes import TIMEOUT, Site, listens, wait_until
+from tests.system.processes import TIMEOUT, Site, listens, wait_until, whole_lines
 
 VIEWS = '''
 """The system tests' app with views: one defers, one shows the headers that it was sent."""
@@ -161,7 +161,7 @@ class Web:
 
     def pids(self) -> set[str]:
         """Return the processes that calls have run in."""
-        return {line.split()[3] for line in self.site.journal.read_text().splitlines()}
+        return {line.split()[3] for line in whole_lines(self.site.journal)}
 
 
 def defer_many(count: int, seconds: float = 0.0) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import deferlib
 from deferlib import deferred, taskqueue
-from tests.system.processes import LEASE, Site, free_port, kill, wait_until
+from tests.system.processes import LEASE, Site, free_port, kill, wait_until, whole_lines
 
 SEED = 20_261_121
 
@@ -160,7 +160,7 @@ def test_two_engines_on_one_file_double_nothing(site: Site) -> None:
         wait_until(lambda: not site.waiting(), "the queue is empty")
 
     assert site.runs() == {str(number): 1 for number in range(1_000)}
-    pids = {line.split()[3] for line in site.journal.read_text().splitlines()}
+    pids = {line.split()[3] for line in whole_lines(site.journal)}
     assert len(pids) == 2, "both engines worked"
 
 

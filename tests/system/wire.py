@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.store.children import need
-from tests.system.processes import TIMEOUT, Site, free_port, listens, wait_until
+from tests.system.processes import TIMEOUT, Site, free_port, listens, wait_until, whole_lines
 from tests.system.serving import PARSERS
 
 KEY = "the-key-of-the-tests-on-the-wire"
@@ -101,7 +101,7 @@ class Wire:
 
     def tasks_seen(self) -> list[dict[str, Any]]:
         """Return what the views saw of the tasks so far."""
-        return [json.loads(line) for line in self.seen.read_text().splitlines()] if self.seen.exists() else []
+        return [json.loads(line) for line in whole_lines(self.seen)]
 
 
 @contextmanager
