@@ -61,6 +61,7 @@ def _deferlib() -> list[Contender]:
     common |= {"schedules": True, "kills": True, "imports": "deferlib"}
     return [
         Contender("deferlib", "in process, defaults", workers=[[*engine, "--app", app]], tasks=30_000, **common),
+        Contender("deferlib", "in process, two engines", workers=[[*engine, "--app", app]] * 2, tasks=30_000, **common),
         Contender(
             "deferlib",
             "pushed over HTTP to granian, defaults",

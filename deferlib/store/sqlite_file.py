@@ -15,6 +15,8 @@ from deferlib.store import queries
 
 APPLICATION_ID = 0x44_65_66_72  # "Defr", in the file's header
 SCHEMA = max(queries.migrations("sqlite"))
+_PAGE = 4096  # bytes
+_CACHED = 600  # pages: SQLite's cache of 2 MB, and some
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, the process's limit
 
 
@@ -58,7 +60,7 @@ def _make_folder(folder: str) -> None:
 def _fill(path: str) -> None:
     connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
     try:
-        connection.pragma("page_size", 4096)
+        connection.pragma("page_size", _PAGE)
         connection.pragma("application_id", APPLICATION_ID)
         with connection:
             upgrade(connection, 0)
@@ -88,6 +90,31 @@ def migrate(connection: apsw.Connection) -> None:
     finally:
         if connection.in_transaction:
             connection.execute("rollback")
+
+
+def extend_log(path: str, connection: apsw.Connection, pages: int) -> None:
+    """Give the write-ahead log room for *pages* at once, so that no commit has to make it grow.
+
+    By pages that are rolled back: there are more of them than a cache holds, so most are written into the log, where what
+    is written next takes their place. It is for speed only: on a disk that is too full for it, the log grows as it must.
+    """
+    log = f"{path}-wal"
+    if _size(log) >= pages * _PAGE:
+        return
+    with contextlib.suppress(apsw.Error, OSError):
+        try:
+            connection.execute("begin immediate; create table filler (bytes blob) strict")
+            connection.execute("insert into filler values (zeroblob(?))", [(pages + _CACHED) * _PAGE])
+        except apsw.FullError:
+            connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # gives the room back
+        finally:
+            if connection.in_transaction:
+                connection.execute("rollback")
+        descriptor = os.open(log, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # here, rather than in somebody's first commit
+        finally:
+            os.close(descriptor)
 
 
 def _sync_folder(folder: str) -> None:

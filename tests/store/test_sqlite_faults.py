@@ -161,6 +161,26 @@ say(len(first), len(second))
     assert second > 20
 
 
+def test_log_isnt_made_larger_than_the_disk_has_room_for(tmp_path: Path) -> None:
+    code = """
+import subprocess
+folder = sys.argv[1]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], check=True)
+{FILL}
+add(store, task(1))
+before = os.path.getsize(store.path + "-wal")
+with store.serving(lambda: None):
+    assert os.path.getsize(store.path + "-wal") <= before
+    acknowledged = fill(2)
+check([1] + acknowledged)
+say(len(acknowledged))
+"""
+
+    [count] = run(code.replace("{FILL}", FILL), tmp_path, under=mounts())
+
+    assert int(count) > 20
+
+
 def test_file_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
     code = """
 import resource

@@ -372,6 +372,25 @@ def test_replaced_file_is_an_error_and_isnt_written(tmp_path: Path, reader: bool
 # --- aliases --------------------------------------------------------------------------------------------------------
 
 
+def test_log_of_a_served_store_has_its_full_size_and_is_overwritten(tmp_path: Path) -> None:
+    store, log = new_store(made(tmp_path, 1)), tmp_path / "tasks.db-wal"
+    file = (tmp_path / "tasks.db").stat().st_size
+
+    with store.serving(lambda: None):
+        size = log.stat().st_size
+        assert 8_000_000 < size < 12_000_000
+        with store.serving(lambda: None):  # another engine's start
+            for id in range(2, 1_000):
+                add(store, task(id))
+        assert log.stat().st_size == size, "no commit made it grow"
+        assert ids(live(store)) == list(range(1, 1_000)), "what was rolled back is nowhere in it"
+
+    store.close()
+    tables = apsw.Connection(str(tmp_path / "tasks.db")).execute("select name from sqlite_schema where type = 'table'")
+    assert "filler" not in {name for [name] in tables}
+    assert (tmp_path / "tasks.db").stat().st_size < file + 1_000_000, "nor in the file"
+
+
 def test_aliases_of_one_path_are_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     path = made(tmp_path / "real")
