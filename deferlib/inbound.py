@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 from deferlib import config, token
@@ -28,6 +30,26 @@ _TASK_ADDRESS = re.compile(r"(?<![\d.])0\.1\.0\.2(?![\d.])")
 _CLAIMED_KEY = "deferlib.claimed"
 
 Environ = dict[str, Any]
+
+
+class _Whose(Enum):
+    """Who may set a key of an environ."""
+
+    ANYBODYS = 0
+    PLATFORMS = 1  # an engine, and an admin
+    ENGINES = 2
+
+
+# What nearly every request has.
+_ORDINARY = frozenset(
+    """
+    REQUEST_METHOD SCRIPT_NAME PATH_INFO QUERY_STRING CONTENT_TYPE CONTENT_LENGTH SERVER_NAME SERVER_PORT SERVER_PROTOCOL
+    SERVER_SOFTWARE REMOTE_ADDR REMOTE_PORT RAW_URI REQUEST_URI wsgi.version wsgi.url_scheme wsgi.input wsgi.errors
+    wsgi.multithread wsgi.multiprocess wsgi.run_once wsgi.input_terminated wsgi.file_wrapper HTTP_HOST HTTP_USER_AGENT
+    HTTP_ACCEPT HTTP_ACCEPT_ENCODING HTTP_ACCEPT_LANGUAGE HTTP_COOKIE HTTP_CONNECTION HTTP_REFERER HTTP_CACHE_CONTROL
+    """.split()  # noqa: SIM905  # thirty lines otherwise
+)
+_USUAL_LENGTH = 64  # of keys that are remembered
 
 
 def is_engines(name: str) -> bool:
@@ -152,14 +174,23 @@ def claimed(environ: Environ) -> Environ:
 
 
 def _clean(environ: Environ) -> None:
-    # All but a few begin with another letter. What is none at all, cheroot lets through.
-    odd = [key for key in environ if (key[5:6] in "xX" or not key[5:6].isalpha()) and key[:5].upper() == "HTTP_"]
-    for key in filter(lambda key: is_engines(key[5:]), odd):
-        value = environ.pop(key)
-        if is_platforms(key[5:]):
-            environ.setdefault(_CLAIMED_KEY, {})[key] = value
+    for key in [key for key in environ if key not in _ORDINARY]:  # 2 µs with a task's headers, 0.8 without
+        whose = _whose(key) if len(key) <= _USUAL_LENGTH else _whose.__wrapped__(key)
+        if whose is not _Whose.ANYBODYS:
+            value = environ.pop(key)
+            if whose is _Whose.PLATFORMS:
+                environ.setdefault(_CLAIMED_KEY, {})[key] = value
     if is_tasks_address(environ.get("REMOTE_ADDR") or ""):  # from a forged X-Forwarded-For: nothing else comes from there
         environ["REMOTE_ADDR"] = NO_ADDRESS
+
+
+@lru_cache(256)
+def _whose(key: str) -> _Whose:
+    """Tell who may set what stands under *key* in an environ."""
+    # All but a few begin with another letter. What is none at all, cheroot lets through.
+    if (key[5:6] not in "xX" and key[5:6].isalpha()) or key[:5].upper() != "HTTP_" or not is_engines(key[5:]):
+        return _Whose.ANYBODYS
+    return _Whose.PLATFORMS if is_platforms(key[5:]) else _Whose.ENGINES
 
 
 def decoded(path: str) -> str:
