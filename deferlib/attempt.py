@@ -113,9 +113,6 @@ class Answer(NamedTuple):
 SUCCESS = Answer(HTTPStatus.OK, "ok", "Success")
 _SUCCESS_HEADERS = SUCCESS.headers
 FORBIDDEN = Answer(HTTPStatus.FORBIDDEN, "untrusted", "Only the engine may call this; its dispatch token is missing.")
-WRONG_TYPE = Answer(
-    HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "retry", "Deferred calls come as they are: not encoded, and in no form."
-)
 TASKS_ONLY = Answer(HTTPStatus.FORBIDDEN, "untrusted", "Only tasks and admins may call this.")
 WRONG_METHOD = Answer(HTTPStatus.METHOD_NOT_ALLOWED, "retry", "Deferred calls come by POST.")
 

@@ -349,8 +349,6 @@ def _received(environ: dict[str, Any]) -> Dispatch | attempt.Answer:
     """Return what the request is part of, its body read; the answer to it if an engine didn't make it."""
     try:
         known = environ.get(context.ENVIRON_KEY)
-        if inbound.is_no_call(environ.get("CONTENT_TYPE") or "", environ.get("HTTP_CONTENT_ENCODING") or ""):
-            return attempt.WRONG_TYPE if known or inbound.is_signed(environ) else attempt.FORBIDDEN
         dispatch = known if isinstance(known, Dispatch) else inbound.recognise(environ, config.runtime())
         if dispatch is None:
             return attempt.FORBIDDEN

@@ -22,7 +22,6 @@ NO_ADDRESS = "0.0.0.0"  # stands for a client that claims to be TASK_ADDRESS; no
 _ENVELOPE = 64 * 1024  # more than the envelope of any call takes
 BODY_KEY = "deferlib.body"
 _SIGNATURE_KEY = "HTTP_X_DEFERLIB_SIGNATURE"
-_FORMS = ("multipart/", "application/x-www-form-urlencoded")
 _PLATFORMS = ("x-appengine", "x-cloudtasks")
 _FORGEABLE = (*_PLATFORMS, "x-deferlib")
 _NOT_IN_NAMES = "".join(char for char in map(chr, range(256)) if not char.isalnum())
@@ -70,18 +69,6 @@ def folded(name: str) -> str:
 def is_tasks_address(address: str) -> bool:
     """Tell whether *address* is `TASK_ADDRESS`, however it is written (`0.1.0.2:80`, `::ffff:0.1.0.2`)."""
     return TASK_ADDRESS in address and _TASK_ADDRESS.search(address) is not None
-
-
-def is_no_call(content_type: str, encoding: str) -> bool:
-    """Tell whether a request's body can't be a deferred call: it is a form, or encoded (and nothing here decodes it)."""
-    if not encoding and content_type == "application/octet-stream":  # nearly always
-        return False
-    return encoding.strip().lower() not in ("", "identity") or content_type.strip().lower().startswith(_FORMS)
-
-
-def is_signed(environ: Environ) -> bool:
-    """Tell whether a request carries anything for a dispatch token, valid or not."""
-    return bool(environ.get(_SIGNATURE_KEY))
 
 
 def max_body() -> int:

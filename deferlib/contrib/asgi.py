@@ -71,9 +71,6 @@ class Middleware:
         deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
         if deferred_call and scope["method"] not in ("GET", "POST"):
             return await _respond(send, attempts.WRONG_METHOD)
-        if deferred_call and inbound.is_no_call(_header(scope, "Content-Type"), _header(scope, "Content-Encoding")):
-            signed = bool(scope.get(ENVIRON_KEY) or _clean(scope))
-            return await _respond(send, attempts.WRONG_TYPE if signed else attempts.FORBIDDEN)
         try:
             dispatch = await _identify(scope, body)
             if dispatch is not None:

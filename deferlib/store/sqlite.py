@@ -36,6 +36,7 @@ MEMORY = ":memory:"
 # 190 to 300, because its new size has to be written as well. At 64 MB defer() did 2,400/s, so 4,500. An engine gives it
 # this size when it starts: the first 800 defer() after that took 330 µs each, so 225.
 _CHECKPOINT_PAGES = 2_000
+_A_MOMENT = 0.25  # seconds to wait for others with what is for speed only
 _BUSY_STEP = 100e-6  # SQLite's own busy handler waits up to 100 ms and cuts a shared drain to a third
 _TORN = (
     "{}: this process was forked within a transaction of its parent, and shares locks with it that SQLite can't part. "
@@ -172,6 +173,7 @@ class SqliteStore:
         with self._turn(self._writer):
             connection = self._writer.connection
             assert connection is not None
+            self._writer.until = min(self._writer.until, time.monotonic() + _A_MOMENT)
             extend_log(self.path, connection, _CHECKPOINT_PAGES)
 
     def served(self) -> bool:

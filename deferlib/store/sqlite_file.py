@@ -16,6 +16,7 @@ from deferlib.store import queries
 APPLICATION_ID = 0x44_65_66_72  # "Defr", in the file's header
 SCHEMA = max(queries.migrations("sqlite"))
 _PAGE = 4096  # bytes
+_SPARE = 8  # times what the log takes: with less room on the disk it isn't made larger than it must be
 _CACHED = 600  # pages: SQLite's cache of 2 MB, and some
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's quota, the process's limit
 
@@ -96,16 +97,23 @@ def extend_log(path: str, connection: apsw.Connection, pages: int) -> None:
     """Give the write-ahead log room for *pages* at once, so that no commit has to make it grow.
 
     By pages that are rolled back: there are more of them than a cache holds, so most are written into the log, where what
-    is written next takes their place. It is for speed only: on a disk that is too full for it, the log grows as it must.
+    is written next takes their place. It is for speed only: where the disk has little room, the log grows as it must, and
+    it does after a fork of the only process, which closes it.
     """
     log = f"{path}-wal"
     if _size(log) >= pages * _PAGE:
         return
     with contextlib.suppress(apsw.Error, OSError):
+        disk = os.statvfs(os.path.dirname(path))
+        if disk.f_bavail * disk.f_frsize < _SPARE * pages * _PAGE:
+            return
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)  # what it holds has its place in the file, then
         try:
             connection.execute("begin immediate; create table filler (bytes blob) strict")
             connection.execute("insert into filler values (zeroblob(?))", [(pages + _CACHED) * _PAGE])
-        except apsw.FullError:
+        except (apsw.FullError, apsw.IOError):  # a quota is an IOError
+            if connection.in_transaction:
+                connection.execute("rollback")
             connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)  # gives the room back
         finally:
             if connection.in_transaction:
