@@ -52,8 +52,8 @@ class Gate:
     def withdraw(self) -> Sequence[Result]:
         return [self._told(result) for result in self._transport.withdraw()]
 
-    def wait(self, until: Micros, enough: int = 1) -> None:
-        self._transport.wait(until, enough)
+    def wait(self, until: Micros) -> None:
+        self._transport.wait(until)
 
     def wake(self) -> None:
         self._transport.wake()

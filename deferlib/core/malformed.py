@@ -20,6 +20,7 @@ _METHOD = re.compile(r"[A-Z]{1,20}\Z")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _ODD_NAME = "its name, namespace or target has characters that none may have"
 _LONGEST = 64 * 1024  # characters of JSON that are read
+LONGEST_TEXTS = _LONGEST  # of headers and retry options together
 
 
 def malformed(claim: Claim) -> str:
@@ -28,6 +29,8 @@ def malformed(claim: Claim) -> str:
         return _ODD_NAME
     if not 0 <= claim.deadline <= 30 * DAY:
         return "its deadline is out of range"
+    if len(claim.headers) + len(claim.retry) > LONGEST_TEXTS:  # before they are kept below
+        return "its headers or retry options are too long"
     problem = _common(claim.method, claim.url, claim.target, claim.namespace, claim.headers, claim.retry)
     return problem or (_history(claim.history) if claim.history else "")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from deferlib.contrib.asgi import AsgiApp
 
 CONCURRENCY = 32  # deliveries at once to one target
-GATHER: Micros = SECOND // 200  # how long what finished waits for more to be settled with it, and a stream's tasks
+GATHER: Micros = SECOND // 200  # how long what finished may wait for more to be settled with it
 
 
 def build(

@@ -38,7 +38,6 @@ _REREAD: Micros = SECOND  # how often the queues' rows are looked at
 _SWEEP: Micros = 10 * MINUTE
 _FEW_QUEUES = 8
 _BATCH = 64  # outcomes that don't wait for more
-_QUICK_TURNS = 4
 _SWEEP_SLICE = 200  # rows: a few milliseconds, also where their names lie far apart
 _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
@@ -87,9 +86,6 @@ class Engine:
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
         self._settled_at: Micros = -gather  # when outcomes were settled last
-        self._claimed_at: Micros = 0  # and tasks claimed
-        self._quick = 0  # how many claims have come one right after the other
-        self._pausing = False  # claims pause: neither a hint nor a few results change when the next turn is due
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
@@ -115,7 +111,7 @@ class Engine:
                 except Exception as error:
                     until = self._troubled(error, pause)
                     pause = min(pause * 2, _LONGEST_PAUSE)
-                self._transport.wait(until, self.enough)
+                self._transport.wait(until)
             self._drain()
 
     def _first(self) -> None:
@@ -142,8 +138,7 @@ class Engine:
     def wake(self) -> None:
         """Take a hint that something may be due. From any thread or signal handler."""
         self._hinted = True
-        if not self._pausing:
-            self._transport.wake()
+        self._transport.wake()
 
     def reread(self) -> None:
         """Look at the queues' rows in the next turn, and not up to a second later. From any thread."""
@@ -200,15 +195,6 @@ class Engine:
         return self._transacting or not self.idle
 
     @property
-    def enough(self) -> int:
-        """How many results to wait for, before the next turn is due by the clock."""
-        return _BATCH if self._pausing else 1
-
-    @property
-    def _streams(self) -> bool:
-        return self._quick >= _QUICK_TURNS
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is in flight and nothing waits to be settled."""
         return not self._scheduler.in_flight and not self._unsettled
@@ -222,8 +208,7 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
-        paced = self._pausing = self._streams and now < self._claimed_at + self._gather
-        specs = [] if paced else self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
+        specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
         settling = [] if self._gathers(now, specs) else self._unsettled[:]
         outcomes = settling + self._scheduler.renewals(now)
         if outcomes or specs:  # an idle turn opens no transaction
@@ -239,16 +224,14 @@ class Engine:
             self._step("send")
             self._send()
             now = self._clock.now()
-        return max(self._wake_at(now), self._claimed_at + self._gather) if paced else self._wake_at(now)
+        return self._wake_at(now)
 
     def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
         """Tell whether what finished waits for more to be settled with it: each settle waits for the disk.
 
         And so do those who add tasks meanwhile. Not where the turn is synced anyway, or somebody waits for the end.
         """
-        if not self._unsettled or now >= self._settled_at + self._gather or len(self._unsettled) >= _BATCH:
-            return False
-        if self._streams and specs:  # one transaction for both
+        if not self._unsettled or not 0 <= now - self._settled_at < self._gather or len(self._unsettled) >= _BATCH:
             return False
         return not self._stopping and not self._scheduler.draining and not self._scheduler.peeks(specs)
 
@@ -310,21 +293,8 @@ class Engine:
             taken = {claim.id: claim for claim in claims}
             for outcome in refused:
                 self._observer.ended(now, taken[outcome.id], None, outcome)
-        if self._gather and claims:
-            self._pace(now, len(claims), 0 if wanted else sum([spec.limit for spec in specs]))
         self._fresh_until = 0 if self._outbox else now + self._lease // 2
         self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
-
-    def _pace(self, now: Micros, claimed: int, limit: int) -> None:
-        """See whether tasks come in a stream, one by one: then claims pause for a moment, and take several at once.
-
-        Each claim keeps those waiting who add tasks. A task that comes alone, or a millisecond after another, is no stream,
-        nor is a backlog, of which there is as much as the *limit*. Where queues are limited (0) nothing pauses: a slot or
-        a token that waited would be lost.
-        """
-        quick = now - self._claimed_at < SECOND // 1000 or (self._streams and claimed > 1)
-        self._quick = min(self._quick + 1, _QUICK_TURNS) if quick and claimed < limit else 0
-        self._claimed_at = now
 
     def _settle(
         self, tx: Tx, now: Micros, outcomes: Sequence[Outcome], wanted: Sequence[str], owned: Mapping[str, Limiter]
@@ -380,13 +350,13 @@ class Engine:
             if len(names) > _FEW_QUEUES:  # to look is cheaper than to claim in vain
                 with self._store.read() as tx:
                     self._scheduler.looked_all(names, tx.next_due(names))
-        if now >= self._reread_at:
+        if now >= self._reread_at or now < self._reread_at - _REREAD:  # or the clock was set back
             self._scheduler.configure(self._rows(now))
             self._reread_at = now + _REREAD
             for recovered in self._scheduler.recovered(now):
                 troubles.tell(now, recovered)
             self._note(now)
-        if now >= self._sweep_at:
+        if now >= self._sweep_at or now < self._sweep_at - _SWEEP:
             self._sweep_at = now + _SWEEP  # before trying: on a full disk a sweep must fail one turn, not all of them
             with self._store.begin() as tx:
                 swept = tx.sweep(now, _SWEEP_SLICE)

@@ -138,15 +138,16 @@ class HttpTransport:
             target.waiting.clear()
         return results
 
-    def wait(self, until: Micros, enough: int = 1) -> None:
-        """Work until there are *enough* results, a wake, or the clock reaches *until*; take all that is ready by then."""
+    def wait(self, until: Micros) -> None:
+        """Work until there is a result, a wake, or the clock reaches *until*; take all that is ready by then."""
         self._call_if_due()
-        while len(self._results) < enough:
+        while not self._results:
             patience = (until - self._clock.now()) / SECOND
             woken = self._poll(min(max(patience, 0.0), LONGEST_POLL))
             if woken or patience <= 0:
                 return
-        self._poll(0.0)  # a turn's transaction costs much more than a poll: let it settle all that is there
+        if self._poll(0.0):  # a turn's transaction costs much more than a poll: let it settle all that is there
+            return
         # What waits for slots keeps them busy without a turn, so the next one can wait for more to settle.
         end = time.monotonic() + GATHER
         while len(self._results) < BATCH and any(target.waiting for target in self._targets.values()):

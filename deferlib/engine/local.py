@@ -64,7 +64,6 @@ class LocalTransport:
         self._mean: float = SECOND  # of an answer, in microseconds: slow until the pool has shown otherwise
         self._waker = Waker()
         self._wakes: float = 0  # when `wait` wakes by itself; infinite while it finds that out, 0 outside it
-        self._enough = 1  # results that end a wait
         self._poll = select.poll()
         self._poll.register(self._waker.fileno(), select.POLLIN)
         self._closed = False
@@ -134,13 +133,12 @@ class LocalTransport:
                 withdrawn.append(self._unsent(delivery, reason))
         return withdrawn
 
-    def wait(self, until: Micros, enough: int = 1) -> None:
-        self._enough = enough
+    def wait(self, until: Micros) -> None:
         # _wakes is set before _done and _running are looked at, and a worker changes them before it looks at _wakes: no end
         # of a call is missed, and no deadline.
         self._wakes = inf
         try:
-            if len(self._done) < enough:
+            if not self._done:
                 self._wakes = until = min([until, *[run[0] for run in list(self._running.values())]])
                 seconds = (until - self._clock.now()) / SECOND
                 if seconds > 0:
@@ -173,7 +171,7 @@ class LocalTransport:
                 done.append(self._unsent(delivery, "its lease is lost"))
             else:
                 done.append(Context().run(self._call, delivery))
-            if self._wakes and len(done) >= self._enough and not self._closed:
+            if self._wakes and not self._closed:
                 self._waker.wake()
 
     def _unsent(self, delivery: Delivery, reason: str) -> Result:

@@ -40,8 +40,8 @@ class Transport(Protocol):
     def withdraw(self) -> Sequence[Result]:
         """Take back every delivery that hasn't started: results of kind UNSENT."""
 
-    def wait(self, until: Micros, enough: int = 1) -> None:
-        """Work until there are *enough* results, a `wake`, or the clock reaches *until*."""
+    def wait(self, until: Micros) -> None:
+        """Work until there is a result, a `wake`, or the clock reaches *until*."""
 
     def wake(self) -> None:
         """End the present or next `wait` now. From any thread or signal handler."""

@@ -124,15 +124,16 @@ class SqliteTx:
         return results
 
     def _add_again(self, now: Micros, task: NewTask, place: int) -> AddResult:
-        """Add what wasn't, if an expired name kept it out; say what else did."""
+        """Add what wasn't, if what kept it out is gone or an expired name; say what else it was."""
         nonces = self._column("nonce_of", {"id": task.id})
         if nonces:
             return AddResult.EXISTS if task.nonce in nonces else AddResult.COLLIDED
         name = {"queue": task.queue, "name": task.name, "now": now}
-        if self._column("drop_expired_name", name):
-            added = self._each(_ADD, [(*task, len(task.body), place)])
-            return AddResult.ADDED if added else AddResult.COLLIDED
-        return AddResult.TOMBSTONED if self._value("name_state", name) else AddResult.TAKEN
+        self._run("drop_expired_name", name)
+        holders = self._column("name_state", name)
+        if holders:
+            return AddResult.TOMBSTONED if holders[0] else AddResult.TAKEN
+        return AddResult.ADDED if self._each(_ADD, [(*task, len(task.body), place)]) else AddResult.COLLIDED
 
     def delete(self, now: Micros, queue: str, names: Sequence[str]) -> list[DeleteResult]:
         expires = now + self._tombstone(queue)

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 from deferlib import config, tracing
 from deferlib import payload as payloads
 from deferlib.context import moment
+from deferlib.core.malformed import LONGEST_TEXTS
 from deferlib.core.model import SECOND, Micros, NewTask
 from deferlib.errors import InvalidTaskError, InvalidUrlError, TaskTooLargeError
 from deferlib.ids import ids
@@ -107,6 +108,8 @@ class Task:
             longest = limits.call_bytes
         if _size_check:
             self._check_size(longest)
+        if self.size > _SHORT_HEADERS:
+            self._check_headers()
         if self._method != "PULL" and not absolute:  # a trace is no business of another's host
             self._join_trace(longest)
         self._tag, self._shown_tag = rules.tag_of(tag, limits) if tag else "", tag
@@ -151,6 +154,14 @@ class Task:
             f"the task has {size} bytes (method, url, headers and payload), at most {longest} are allowed; store what is "
             f"large and pass its name, or raise the limit {'pull' if self._method == 'PULL' else 'push'}_task_bytes"
         )
+
+    def _check_headers(self) -> None:
+        length = len(_headers_text(self._headers))
+        if length > _LONGEST_HEADERS:
+            raise TaskTooLargeError(
+                f"the headers have {length} characters, at most {_LONGEST_HEADERS} are allowed, and servers take 8,000 to "
+                "64,000 bytes; put what is long into the payload"
+            )
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -347,6 +358,8 @@ class Task:
         self._enqueued = True
 
 
+_LONGEST_HEADERS = LONGEST_TEXTS - 1024  # of JSON; retry options take 200
+_SHORT_HEADERS = _LONGEST_HEADERS // 6  # bytes of what surely isn't longer, though JSON takes six characters for some
 _COLUMNS = frozenset({rules.CURRENT_NAMESPACE.lower(), rules.FAIL_FAST.lower()})  # kept on their own
 
 

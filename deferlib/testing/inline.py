@@ -54,7 +54,7 @@ class InlineTransport:
         """Report what waits as not sent."""
         self._results += self.withdraw()
 
-    def wait(self, until: Micros, enough: int = 1) -> None:
+    def wait(self, until: Micros) -> None:
         """Call the app with the delivery that has waited longest, if there is one; the clock isn't waited for."""
         if self._waiting and not self._results:
             delivery = self._waiting.popleft()

@@ -210,7 +210,7 @@ class SimTransport:
         self.world.oracle.answered(self.node, back)
         return back
 
-    def wait(self, until: Micros, enough: int = 1) -> None: ...
+    def wait(self, until: Micros) -> None: ...
 
     def wake(self) -> None:
         self.node.schedule(self.world.now)

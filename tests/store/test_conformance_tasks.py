@@ -215,6 +215,17 @@ def test_claim_keeps_its_byte_budget(store: Store, sizes: list[int], budget: int
     assert ids(claim(store)) == list(range(taken, len(sizes)))
 
 
+def test_task_takes_the_id_that_an_earlier_one_of_its_call_made_free(store: Store) -> None:
+    add(store, task(1, name="n"))
+    store.run(lambda tx: tx.delete(NOW, "default", ["n"]))
+    later = NOW + KEEP + 1
+
+    results = store.run(lambda tx: tx.add(later, [task(2, name="n"), task(1, nonce=99)]))
+
+    assert results == ["added", "added"]
+    assert ids(live(store)) == [1, 2]
+
+
 def test_lost_is_counted_only_after_an_expired_lease(store: Store) -> None:
     add(store, task(1))
 

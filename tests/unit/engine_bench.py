@@ -62,7 +62,7 @@ class Carrier:
             self.answer(delivery, kind=Kind.UNSENT)
         return self.results()
 
-    def wait(self, until: int, enough: int = 1) -> None:
+    def wait(self, until: int) -> None:
         if self.during_wait:
             self.during_wait.popleft()()
         else:

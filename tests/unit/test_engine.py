@@ -918,97 +918,27 @@ def test_failed_settle_is_gathered_again_with_the_rest(bench: Bench) -> None:
     assert left(bench) == 0
 
 
-def stream(bench: Bench, count: int, *, queue: str = "default") -> int:
-    """Add *count* tasks, one each half millisecond; return how many claims took them."""
-    claims = 0
-    for id in range(1, count + 1):
-        bench.add(id, queue=queue)
-        before = len(bench.carrier.sent)
-        bench.engine.turn()
-        claims += len(bench.carrier.sent) > before
-        bench.clock.move_to(bench.now + 500)
-    return claims
-
-
-def test_tasks_that_come_in_a_stream_are_claimed_several_at_once(bench: Bench) -> None:
+def test_clock_that_is_set_back_delays_neither_a_start_nor_a_settle_nor_a_pause(bench: Bench) -> None:
     gathering(bench)
-    claims = stream(bench, 40)
-    bench.clock.move_to(bench.now + 4_000)
+    bench.add(1, 2)
     bench.engine.turn()
-
-    assert len(bench.carrier.sent) == 40
-    assert claims <= 10, "after the first five, one claim in four milliseconds"
-
-
-def test_stream_is_claimed_and_settled_in_one_transaction(bench: Bench) -> None:
-    gathering(bench)
-    carrier = bench.carrier
-    stream(bench, 5)
-    bench.engine._settled_at = bench.now + 1_000  # not due by itself
-    for delivery in carrier.sent[:]:
-        carrier.answer(delivery)
-    bench.add(6)
-    bench.clock.move_to(bench.now + 2_000)
+    [first, second] = bench.carrier.sent
+    bench.carrier.answer(first)
+    bench.clock.move_to(bench.now + 5_000)
     bench.engine.turn()
-    assert left(bench) == 6, "claims pause, and what finished waits for the next one"
-    before = len(bench.store.begun)
-
-    bench.clock.move_to(bench.now + 2_000)
-    bench.engine.turn()
-
-    assert bench.store.begun[before:] == [True]
     assert left(bench) == 1
-    assert [delivery.claim.id for delivery in carrier.sent] == [6]
 
-
-def test_while_claims_pause_neither_hints_nor_results_wake_the_engine(bench: Bench) -> None:
-    gathering(bench)
-    assert bench.engine.enough == 1
-    stream(bench, 8)
-    wakes = bench.carrier.wakes
-
-    bench.add(100)
-
-    assert bench.engine.enough > 1
-    assert bench.carrier.wakes == wakes
+    bench.clock._now -= 3600 * SECOND
+    bench.carrier.answer(second)
     until = bench.engine.turn()
-    assert bench.now < until <= bench.now + 4_000
-    bench.clock.move_to(until)
+
+    assert left(bench) == 0
+    assert until <= bench.now + SECOND
+    bench.store.run(lambda tx: tx.pause(["default"], True))
+    bench.add(3)
+    bench.clock.move_to(bench.now + SECOND)
     bench.engine.turn()
-    assert bench.carrier.sent[-1].claim.id == 100
-    bench.clock.move_to(bench.now + 4_000)
-    bench.engine.turn()
-    bench.add(101)
-    assert bench.carrier.wakes > wakes, "the stream is over"
-    assert bench.engine.enough == 1
-
-
-def test_engine_in_a_pause_can_be_stopped(bench: Bench) -> None:
-    gathering(bench)
-    stream(bench, 8)
-    wakes = bench.carrier.wakes
-
-    bench.engine.stop(SECOND)
-
-    assert bench.carrier.wakes > wakes
-
-
-def test_claims_of_limited_queues_never_pause(bench: Bench) -> None:
-    gathering(bench)
-    bench.put(QueueConfig(name="limited", max_concurrent=100))
-    bench.engine.reread()
-
-    assert stream(bench, 20, queue="limited") == 20
-
-
-def test_a_backlog_is_no_stream(bench: Bench) -> None:
-    gathering(bench)
-    bench.add(*range(1, 201))
-    for turn in range(1, 11):
-        bench.carrier.slots = len(bench.carrier.sent) + 3
-        bench.engine.turn()
-        assert len(bench.carrier.sent) == 3 * turn, "as many as there is room for, at once"
-        bench.clock.move_to(bench.now + 500)
+    assert not bench.carrier.sent, "the queue is paused"
 
 
 def test_tasks_that_come_one_by_one_start_at_once(bench: Bench) -> None:

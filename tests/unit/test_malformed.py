@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ import pytest
 
 import deferlib
 from deferlib import cli, config
+from deferlib.core import malformed as malformed_module
 from deferlib.core.malformed import malformed
 from deferlib.core.model import DAY, SECOND, Claim, Page, TaskState
+from deferlib.errors import TaskTooLargeError
+from deferlib.keys import Keyring
+from deferlib.taskqueue import Task, TaskRetryOptions
 
 RAN: list[int] = []
 
@@ -50,6 +56,42 @@ def claim(**fields: Any) -> Claim:
 @pytest.mark.parametrize(("column", "value"), CASES)
 def test_malformed_row_is_named(column: str, value: Any) -> None:
     assert malformed(claim(**{column: value}))
+
+
+def test_what_is_too_long_is_named_and_not_kept() -> None:
+    before = malformed_module._common.cache_info().currsize
+    headers = json.dumps([["X-A", "b" * 70_000]])
+
+    assert "too long" in malformed(claim(headers=headers))
+    assert "too long" in malformed(claim(retry=" " * 70_000))
+    assert malformed_module._common.cache_info().currsize == before
+
+
+@pytest.mark.parametrize("value", ["b", "\xe9"])
+def test_headers_that_an_add_takes_are_never_too_long(value: str) -> None:
+    options = TaskRetryOptions(
+        task_retry_limit=2**31 - 1,
+        task_age_limit=1e9,
+        min_backoff_seconds=1e8,
+        max_backoff_seconds=1e8,
+        max_doublings=10**6,
+    )
+
+    def task(length: int) -> Task:
+        return Task(url="/", headers={"X-A": value * length}, retry_options=options, _size_check=False)
+
+    def fits(length: int) -> bool:
+        with suppress(TaskTooLargeError):
+            return task(length) is not None
+        return False
+
+    longest = bisect.bisect_left(range(100_000), True, key=lambda length: not fits(length)) - 1
+    with pytest.raises(TaskTooLargeError, match="put what is long into the payload"):
+        task(longest + 1)
+    row = task(longest)._row("default", Keyring([b"k" * 32]).signing)
+
+    assert longest > 10_000
+    assert malformed(claim(headers=row.headers, retry=row.retry)) == ""
 
 
 @pytest.mark.parametrize(

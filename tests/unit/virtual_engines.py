@@ -212,7 +212,7 @@ class Node:
         now = self.town.now
         return [Result(*each.claim[:2], Kind.UNSENT, now, now) for line in lines.values() for each in line]
 
-    def wait(self, until: Micros, enough: int = 1) -> None: ...
+    def wait(self, until: Micros) -> None: ...
 
     def wake(self) -> None:
         self._schedule(self.town.now)
