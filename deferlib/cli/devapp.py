@@ -13,11 +13,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deferlib import access, config, token
 from deferlib.cli.load import AppBroken, Stopped, load_app
@@ -28,6 +29,7 @@ from deferlib.settings import find_root, load_settings, mask
 
 _LOOK_SECONDS = 0.5  # between two looks at the files
 _ACK_SECONDS = 2.0
+_LEFT_TO_THE_NEXT = 0.02  # seconds between two looks at connections that aren't accepted any more
 _EXIT_SECONDS = 2.0  # for the app to end by itself
 _STARTUP_FAILED = "the app's startup failed; its error is in the terminal"
 RELOAD = 3  # the exit code of werkzeug's reloader
@@ -45,6 +47,14 @@ class Plan:
         self.socket: int = raw["socket"]
         self.reports: int = raw["reports"]
         self.parent: int = raw["parent"]
+
+
+class Serving(NamedTuple):
+    """How an app is served."""
+
+    serve: Callable[[], None]  # until the process ends
+    leave: Callable[[], None]  # new connections to the next process
+    stop: Callable[[], None]
 
 
 class Reports:
@@ -116,16 +126,17 @@ def main(argument: str) -> None:
     # the app is imported in the main thread, where it may set signal handlers.
     reloader = reloader_loops["stat"](_setting_files(plan), _not_the_users(), _LOOK_SECONDS)
     with reloader:
-        serve, stop = _prepared(plan, reports, reloader)
+        serving = _prepared(plan, reports, reloader)
         _take_signals()  # again: the app may have put its own in their place
-        threading.Thread(target=serve, name="deferlib-app", daemon=True).start()
+        threading.Thread(target=serving.serve, name="deferlib-app", daemon=True).start()
         try:
             reloader.run()
         except SystemExit as end:
             if end.code == RELOAD:
+                serving.leave()
                 reports.reloading()
             _end_within(_EXIT_SECONDS, RELOAD if end.code == RELOAD else 0)
-            stop()
+            serving.stop()
             raise
 
 
@@ -145,8 +156,8 @@ def _end_within(seconds: float, code: int) -> None:
     timer.start()
 
 
-def _prepared(plan: Plan, reports: Reports, reloader: Any) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Import the app; return what serves it and what ends that. An app that fails is served as a page that says so."""
+def _prepared(plan: Plan, reports: Reports, reloader: Any) -> Serving:
+    """Import the app; return how it is served. An app that fails is served as a page that says so."""
     if plan.ended:
         return _wsgi(plan, _apology(plan.ended), lambda: None)
     try:
@@ -243,7 +254,7 @@ def _in_use() -> dict[str, Any]:
 # --- serving --------------------------------------------------------------------------------------------------------
 
 
-def _wsgi(plan: Plan, app: Any, ready: Callable[[], None]) -> tuple[Callable[[], None], Callable[[], None]]:
+def _wsgi(plan: Plan, app: Any, ready: Callable[[], None]) -> Serving:
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     paper = Paper()
@@ -257,16 +268,25 @@ def _wsgi(plan: Plan, app: Any, ready: Callable[[], None]) -> tuple[Callable[[],
         host, port = bound.getsockname()[:2]
     server = make_server(host, port, app, threaded=True, request_handler=Requests, fd=plan.socket)
 
+    leaving = threading.Event()
+    accept = server.get_request
+
+    def get_request() -> Any:
+        if leaving.is_set():
+            time.sleep(_LEFT_TO_THE_NEXT)
+            raise OSError("the next process takes it")  # which socketserver ignores
+        return accept()
+
+    server.get_request = get_request  # type: ignore[method-assign]
+
     def serve() -> None:
         ready()
         server.serve_forever()
 
-    return serve, lambda: None  # calls in threads are cut off by the exit
+    return Serving(serve, leaving.set, lambda: None)  # calls in threads are cut off by the exit
 
 
-def _asgi(
-    plan: Plan, app: Any, ready: Callable[[], None], reports: Reports
-) -> tuple[Callable[[], None], Callable[[], None]]:
+def _asgi(plan: Plan, app: Any, ready: Callable[[], None], reports: Reports) -> Serving:
     try:
         import uvicorn
     except ImportError:
@@ -300,13 +320,13 @@ def _asgi(
         finally:
             ended.set()
         if not server.started:
-            _wsgi(plan, _apology(_STARTUP_FAILED), lambda: None)[0]()
+            _wsgi(plan, _apology(_STARTUP_FAILED), lambda: None).serve()
 
     def stop() -> None:
         server.should_exit = True
         ended.wait(3)
 
-    return serve, stop
+    return Serving(serve, lambda: None, stop)  # what it accepts until then it answers
 
 
 def _not_of_the_end(record: logging.LogRecord) -> bool:
