@@ -49,9 +49,10 @@ def compared(figures: Sequence[Figures]) -> list[Row]:
         # Pushed over HTTP, each task is a request to a web server: that is compared to what the others do as they come.
         rivals = [peer for peer in peers if not pushed or peer.contender.setting.startswith("defaults")]
         peer = "peer at its defaults" if pushed else "peer"
-        rows += _ahead(f"drain {_way(pushed)}, of the fastest {peer}", "drain", each, rivals, 1.0)
+        way = "over HTTP" if pushed else each.contender.setting.removesuffix(", defaults")
+        rows += _ahead(f"drain {way}, of the fastest {peer}", "drain", each, rivals, 1.0)
         durable = [peer for peer in peers if peer.contender.durable]
-        rows += _ahead(f"producer and engine {_way(pushed)}, of the fastest durable peer", "mixed", each, durable, _AHEAD)
+        rows += _ahead(f"producer and engine {way}, of the fastest durable peer", "mixed", each, durable, _AHEAD)
     return rows
 
 
@@ -64,10 +65,6 @@ def _ahead(measure: str, name: str, ours: Figures, rivals: Sequence[Figures], go
     ratio = own / best
     figure = f"{ratio:.2f} x ({own:,.0f}/s of {best:,.0f}/s: {title})"
     return [Row(measure, figure, f"> {goal:.1f} x" if goal == 1 else f">= {goal:.1f} x", ratio >= goal, ratio)]
-
-
-def _way(pushed: bool) -> str:
-    return "over HTTP" if pushed else "in process"
 
 
 def written(

@@ -18,6 +18,7 @@ from benchmarks.slow import server
 from benchmarks.stage import cli_engine, fresh_store, percentile, resident_mb, scratch
 from deferlib import config
 from deferlib.core.model import Action, ClaimSpec, Outcome
+from deferlib.engine.engine import SWEEP_SLICE
 from deferlib.store import Tx
 
 MILLION = 1_000_000
@@ -26,7 +27,7 @@ _TURNS = 40
 _ADDS = 200
 _BLOCKS = 5
 _FEW = (_TURNS + 1) * _TURN * _BLOCKS  # tasks due in the store to compare with: as many as its turns take
-_SLICE = 500  # rows that the engine and the library remove in one transaction
+_PURGED = 500  # rows that the library and the command remove in one transaction
 _SLICES = 100
 _MINUTE = 60_000_000
 _CENTURY = 100 * 365 * 24 * 60 * _MINUTE
@@ -135,9 +136,9 @@ def _slices(path: Path, size: int) -> list[Row]:
     with fresh_store(path) as runtime:
         now = runtime.clock.now()
         with runtime.store.watch(lambda: None):  # like an engine, which then checkpoints more often
-            swept = [_transaction(lambda tx: tx.sweep(now + _CENTURY, _SLICE)) for _ in range(_SLICES)]
+            swept = [_transaction(lambda tx: tx.sweep(now + _CENTURY, SWEEP_SLICE)) for _ in range(_SLICES)]
         purged = []
-        while (one := _transaction(lambda tx: tx.purge(now, "default", _SLICE)))[1]:
+        while (one := _transaction(lambda tx: tx.purge(now, "default", _PURGED)))[1]:
             purged.append(one)
     removed = sum(count for _, count in purged)
     with fresh_store(path):
@@ -146,8 +147,8 @@ def _slices(path: Path, size: int) -> list[Row]:
     after = path.stat().st_size
     grown = after / size
     return [
-        _slice_row("one slice of a sweep", [seconds for seconds, _ in swept]),
-        _slice_row("one slice of a purge", [seconds for seconds, _ in purged]),
+        _slice_row("one slice of a sweep", SWEEP_SLICE, [seconds for seconds, _ in swept]),
+        _slice_row("one slice of a purge", _PURGED, [seconds for seconds, _ in purged]),
         Row(
             f"file after purging {removed:,} and adding as many",
             f"{after / 1e9:.2f} GB, {grown:.2f} x",
@@ -166,10 +167,10 @@ def _transaction(work: Callable[[Tx], int]) -> tuple[float, int]:
     return time.perf_counter() - started, count
 
 
-def _slice_row(measure: str, times: list[float]) -> Row:
+def _slice_row(measure: str, rows: int, times: list[float]) -> Row:
     ordered = sorted(times)
     median, last = percentile(ordered, 0.5) * 1000, percentile(ordered, 0.99) * 1000
-    return Row(f"{measure} ({_SLICE} rows)", f"p50 {median:.1f} ms, p99 {last:.1f} ms", "p50 <= 5 ms", median <= 5, median)
+    return Row(f"{measure} ({rows} rows)", f"p50 {median:.1f} ms, p99 {last:.1f} ms", "p50 <= 5 ms", median <= 5, median)
 
 
 def _seconds(call: Callable[[], object]) -> float:

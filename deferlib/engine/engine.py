@@ -38,7 +38,7 @@ _REREAD: Micros = SECOND  # how often the queues' rows are looked at
 _SWEEP: Micros = 10 * MINUTE
 _FEW_QUEUES = 8
 _BATCH = 64  # outcomes that don't wait for more
-_SWEEP_SLICE = 200  # rows: a few milliseconds, also where their names lie far apart
+SWEEP_SLICE = 200  # rows: a few milliseconds, also where their names lie far apart
 _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
 
@@ -359,7 +359,7 @@ class Engine:
         if now >= self._sweep_at or now < self._sweep_at - _SWEEP:
             self._sweep_at = now + _SWEEP  # before trying: on a full disk a sweep must fail one turn, not all of them
             with self._store.begin() as tx:
-                swept = tx.sweep(now, _SWEEP_SLICE)
+                swept = tx.sweep(now, SWEEP_SLICE)
                 for name in troubles.stale(tx.notes(), now):
                     tx.put_note(name, "")
             if swept:
