@@ -45,7 +45,7 @@ class Reader(Desk):
         """Return *text* without what differs from one machine and moment to another."""
         text = text.replace(str(self.folder), ROOT).replace(f":{self.port}", ":8080")
         text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", "WHEN", text)
-        text = re.sub(r"\d\d:\d\d:\d\d", "TIME", text)
+        text = re.sub(r"(\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d", "TIME", text)
         text = re.sub(r"\(attempt \d+\)", "(attempt N)", text)
         text = re.sub(r"(ran in|reloaded in) [\d.]+ m?s", r"\1 AWHILE", text)
         text = re.sub(r"\b(in \d+ s|\d+ s ago|now)\b", "NEAR", text)
