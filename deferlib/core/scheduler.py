@@ -35,6 +35,7 @@ from deferlib.core.model import (
 )
 from deferlib.core.queue_state import QueueState
 from deferlib.core.rules import Rules, leaves
+from deferlib.core.sharing import Sharing
 from deferlib.core.verdict import UNTRUSTED, release, verdict
 from deferlib.errors import InvalidUrlError
 
@@ -84,6 +85,7 @@ class Scheduler:
         self._fitness = Fitness(rules, rng)
         self._throttled: set[str] = set()  # queues whose enforced rate has changed, untold
         self._crowding = Crowding(rules.concurrency)
+        self._sharing = Sharing()
         self._isolated: int | None = None  # the suspect that runs alone
         self._turn = 0
         self._draining = False
@@ -98,8 +100,8 @@ class Scheduler:
 
     @property
     def in_flight_by_base(self) -> Mapping[str, int]:
-        """How many deliveries are on their way to which base URL. From any thread: the flights are listed in one step."""
-        return Counter(flight.base for flight in list(self._flights.values()))
+        """How many deliveries are on their way to which base URL. From any thread: they are copied in one step."""
+        return dict(self._sharing.in_flight)
 
     def configure(self, rows: Iterable[QueueRow]) -> None:
         """Take the queues as the store has them now."""
@@ -136,7 +138,8 @@ class Scheduler:
     def plan(self, now: Micros, room: Callable[[str], int]) -> list[ClaimSpec]:
         """Return how much of which queue to claim at *now*; *room* tells how many deliveries a base URL can still take.
 
-        Changes no state. Queues share the room evenly, those that come short first in the next turn.
+        Changes no state. Queues share the room evenly, those that come short first in the next turn; beyond its share of
+        all that the target takes a queue leaves some to others.
         """
         if self._draining:
             return []
@@ -149,7 +152,7 @@ class Scheduler:
         share = {base: -(-free // bases.count(base)) for base, free in left.items()}
         specs = []
         for queue, base in zip(ready, bases, strict=True):
-            count = min(share[base], left[base], queue.allowance(now), CLAIM)
+            count = min(share[base], self._share(queue, base, left[base]), queue.allowance(now), CLAIM)
             if count > 0:
                 left[base] -= count
                 specs.append(self._spec(queue, count, now))
@@ -457,6 +460,7 @@ class Scheduler:
     def recovered(self, now: Micros) -> list[Slowdown]:
         """Return and forget which queues aren't slowed any more: that comes with time alone, so it is to be asked for."""
         self._health.forget(now)
+        self._sharing.forget(now)
         return [
             Slowdown(name, queue.throttle.since, None, 0)
             for name, queue in self._queues.items()
@@ -569,6 +573,7 @@ class Scheduler:
             queue.in_flight += 1
         base = self._rules.destination(claim, config)
         self._flights[claim.id] = _Flight(claim, base, now + self._rules.lease // 3)
+        self._sharing.sent(base, claim.queue, now)
         if self._health:
             self._health.sent(base, now)
         return Delivery(claim, base, claim.deadline or config.deadline)
@@ -580,18 +585,25 @@ class Scheduler:
         queue = self._queues.get(flight.claim.queue)
         if queue is not None:
             queue.in_flight -= 1
+        self._sharing.landed(flight.base)
         if self._health:
             self._health.landed(flight.base)
 
     def _in_flight_to(self, base: str) -> int:
-        return sum(flight.base == base for flight in self._flights.values())
+        return self._sharing.in_flight.get(base, 0)
 
     def _base(self, queue: QueueState) -> str:
         return self._rules.resolve(queue.config.target) or self._rules.base
 
     def _has_slot(self, queue: QueueState, at: Micros, room: Callable[[str], int]) -> bool:
+        if queue.crowded:
+            return False
         base = self._base(queue)
-        return not queue.crowded and self._health.room(base, at, room(base)) > 0
+        return self._share(queue, base, self._health.room(base, at, room(base))) > 0
+
+    def _share(self, queue: QueueState, base: str, free: int) -> int:
+        """Return how many of the *free* slots of *base* are *queue*'s."""
+        return self._sharing.share(base, queue.config.name, queue.in_flight, free)
 
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)

@@ -248,6 +248,7 @@ class Engine:
     def _judge(self, now: Micros) -> None:
         """Turn the answers that came into outcomes."""
         self._answers.extend(self._transport.results())
+        now = self._clock.now()  # what a target asks to wait counts from its answer, which may have come during this turn
         while self._answers:
             self._step("answer")
             self._finish(now, self._answers.popleft())

@@ -12,7 +12,6 @@ import re
 import select
 import socket
 import ssl
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ import pycurl
 
 from deferlib.core.model import Delivery, Kind, Micros, Result
 from deferlib.engine import retry_after
+from deferlib.engine.lines import Lines
 from deferlib.engine.transport import ERROR_LENGTH, Request
 
 _Address: TypeAlias = tuple[str | int, ...]  # both ends of a connection, as libcurl tells them
@@ -44,16 +44,33 @@ _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
 
 
 class Target:
-    """A base URL: its slots and what waits for them."""
+    """A base URL: its slots, and what waits for them."""
 
-    __slots__ = ("free", "name", "pace", "waiting")
+    __slots__ = ("free", "lines", "name", "pace", "waiting")
 
     def __init__(self, base: str, concurrency: int) -> None:
         scheme, _, rest = base.partition("://")
         self.name = f"{scheme}://{rest.rpartition('@')[2]}"  # for people: without a password
         self.free = concurrency
-        self.waiting: deque[Delivery] = deque()
+        self.lines = Lines()
+        self.waiting = 0  # deliveries in them
         self.pace: Micros = FIRST_PACE  # moving average of how long an answer takes
+
+    def put(self, delivery: Delivery) -> None:
+        """Let *delivery* wait for a slot."""
+        self.lines.put(delivery)
+        self.waiting += 1
+
+    def take(self) -> Delivery:
+        """Return whose turn it is; only while something waits."""
+        self.waiting -= 1
+        return self.lines.take()
+
+    def drop(self, fence: tuple[int, int]) -> None:
+        """Forget what waits of this claim."""
+        if self.waiting:
+            self.lines.keep(lambda delivery: delivery.claim[:2] != fence)
+            self.waiting = sum(1 for _ in self.lines)
 
 
 class _Lent:

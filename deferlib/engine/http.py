@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 Prepare: TypeAlias = Callable[[Delivery, Micros], Request]
 
-LOOK_AHEAD: Micros = 20_000  # how long a delivery may wait here for a slot
+LOOK_AHEAD: Micros = 40_000  # how long a delivery may wait here for a slot
 MOST_AHEAD = 256
 EVENTS = 256  # taken at once: more would keep the turn waiting
 GATHER = 0.008  # seconds to gather results, while there is a look-ahead to work off: fewer and larger transactions
@@ -99,7 +98,7 @@ class HttpTransport:
         if target is None:
             return self._concurrency
         ahead = min(self._concurrency * LOOK_AHEAD // max(target.pace, 1), MOST_AHEAD)
-        return max(0, target.free - len(target.waiting) + ahead)
+        return max(0, target.free - target.waiting + ahead)
 
     def send(self, delivery: Delivery) -> None:
         """Start *delivery*, or let it wait for a slot of its target."""
@@ -107,7 +106,7 @@ class HttpTransport:
         if target.free > 0:
             self._start(target, delivery)
         else:
-            target.waiting.append(delivery)
+            target.put(delivery)
 
     def results(self) -> Sequence[Result]:
         """Return and forget the results so far."""
@@ -121,8 +120,7 @@ class HttpTransport:
         """
         fence = (id, claims)
         for target in self._targets.values():
-            if any(delivery.claim[:2] == fence for delivery in target.waiting):
-                target.waiting = deque(delivery for delivery in target.waiting if delivery.claim[:2] != fence)
+            target.drop(fence)
         self._results = [result for result in self._results if result[:2] != fence]
         for exchange in [running for running in self._running.values() if running.delivery.claim[:2] == fence]:
             self._end(exchange)
@@ -133,9 +131,9 @@ class HttpTransport:
         now = self._clock.now()
         results = []
         for target in self._targets.values():
-            for delivery in target.waiting:
-                results.append(Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error=STOPPING))
-            target.waiting.clear()
+            while target.waiting:
+                claim = target.take().claim
+                results.append(Result(claim.id, claim.claims, Kind.UNSENT, now, now, error=STOPPING))
         return results
 
     def wait(self, until: Micros) -> None:
@@ -164,8 +162,7 @@ class HttpTransport:
         if self._closed:
             return
         self._closed = True
-        for target in self._targets.values():
-            target.waiting.clear()
+        self._targets.clear()
         for exchange in list(self._running.values()):
             self._end(exchange)
         for exchange in (*self._idle, *self._idle_abroad):
@@ -210,7 +207,7 @@ class HttpTransport:
 
     def _refill(self, target: Target) -> None:
         while target.waiting and target.free > 0:
-            self._start(target, target.waiting.popleft())
+            self._start(target, target.take())
 
     def _end(self, exchange: Exchange) -> None:
         del self._running[exchange.handle]
@@ -267,7 +264,7 @@ class HttpTransport:
         result = exchange.result(now, code, text)
         target = exchange.target
         if result.kind is Kind.ANSWERED:
-            target.pace += (now - exchange.started - target.pace) // 8
+            target.pace += (now - exchange.started - target.pace) // 32
         else:
             target.pace = max(target.pace, NO_PACE)  # no look-ahead for a target in trouble
         self._results.append(result)

@@ -26,6 +26,7 @@ from deferlib.context import ENVIRON_KEY
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
 from deferlib.engine import retry_after
 from deferlib.engine.dispatch import joined_headers, vouch
+from deferlib.engine.lines import Lines
 from deferlib.engine.transport import ERROR_LENGTH
 from deferlib.engine.wake import Waker
 from deferlib.inbound import BODY_KEY
@@ -54,7 +55,8 @@ class LocalTransport:
         self._app = app
         self._clock = clock
         self._threads = threads or min(32, (os.cpu_count() or 1) + 4)
-        self._inbox: SimpleQueue[Delivery | None] = SimpleQueue()
+        self._lines = Lines()
+        self._inbox: SimpleQueue[bool] = SimpleQueue()  # True for each delivery in the lines, False ends a thread
         self._done: deque[Result | None] = deque()  # None: of a call that was reported at its deadline
         # By id(delivery). Whoever takes a run out reports it: its thread at its end, or the engine's at its deadline.
         self._running: dict[int, tuple[Micros, Micros, Delivery]] = {}  # deadline, start
@@ -78,7 +80,8 @@ class LocalTransport:
 
     def send(self, delivery: Delivery) -> None:
         self._taken += 1
-        self._inbox.put(delivery)
+        self._lines.put(delivery)
+        self._inbox.put(True)
 
     def results(self) -> Sequence[Result]:
         done = self._done
@@ -125,12 +128,12 @@ class LocalTransport:
         withdrawn = []
         while not self._inbox.empty():
             try:
-                delivery = self._inbox.get_nowait()
+                waits = self._inbox.get_nowait()
             except Empty:  # a thread of the pool was quicker
                 break
-            if delivery is not None:
+            if waits:
                 self._taken -= 1
-                withdrawn.append(self._unsent(delivery, reason))
+                withdrawn.append(self._unsent(self._lines.take(), reason))
         return withdrawn
 
     def wait(self, until: Micros) -> None:
@@ -161,12 +164,13 @@ class LocalTransport:
             return
         self._closed = True
         for _ in range(self._threads):
-            self._inbox.put(None)
+            self._inbox.put(False)
         self._waker.close()
 
     def _work(self) -> None:
-        get, done = self._inbox.get, self._done
-        while (delivery := get()) is not None:
+        get, take, done = self._inbox.get, self._lines.take, self._done
+        while get():
+            delivery = take()
             if self._cancelled and delivery.claim[:2] in self._cancelled:  # somebody else runs it by now
                 done.append(self._unsent(delivery, "its lease is lost"))
             else:

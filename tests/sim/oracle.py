@@ -276,15 +276,16 @@ class Oracle:
     def _crowded(self, node: Node, queue: str, now: Micros) -> bool:
         """Tell whether *node* has no free slot for *queue*; what it claimed and has yet to send takes one, too.
 
-        Nor has it one while its target can't be reached.
+        Nor has it one while its target can't be reached, and fewer while that is slowed.
         """
         flying = {id for id, _ in node.transport.live if self.cases[id].task.queue == queue}
         held = {id for id, case in self.cases.items() if case.leased and case.holder is node and case.task.queue == queue}
         limit = self.configs[queue].max_concurrent
-        troubled = node.engine._scheduler._health.hold("http://app", now) is not None
-        return (
-            troubled or node.transport.room("") <= 0 or (limit is not None and len(flying | (held - self.hasty)) >= limit)
-        )
+        scheduler = node.engine._scheduler
+        free = scheduler._health.room("http://app", now, node.transport.room(""))
+        # Who has its share leaves one slot of those few to others; what an engine doesn't know to be over counts as well.
+        kept = 1 if flying or held or scheduler._queues[queue].in_flight else 0
+        return free <= kept or (limit is not None and len(flying | (held - self.hasty)) >= limit)
 
     def ran(self, id: int) -> None:
         self.cases[id].succeeded = True

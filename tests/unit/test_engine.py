@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -78,6 +78,27 @@ def test_turn_after_a_hint_comes_at_once(bench: Bench) -> None:
 
     assert bench.carrier.wakes == 1
     assert bench.engine.turn() > bench.now, "the hint is taken"
+
+
+def test_what_a_target_asks_to_wait_counts_from_its_answer(bench: Bench) -> None:
+    """It may come while a turn waits for the store (seed 20281 of the simulation)."""
+    [delivery] = bench.deliver(1)
+
+    def look() -> Iterator[Any]:
+        bench.clock.move_to(bench.now + 2 * SECOND)
+        bench.carrier.answer(delivery, 503)
+        bench.carrier.found[-1] = bench.carrier.found[-1]._replace(retry_after=5 * SECOND)
+        return read()
+
+    read = bench.store.read
+    bench.engine.reread()
+    bench.store.read = look  # type: ignore[method-assign]
+    answered = bench.now + 2 * SECOND
+    bench.engine.turn()
+
+    row = bench.row(1)
+    assert row is not None
+    assert row.eta == answered + 5 * SECOND
 
 
 def test_retry_is_sent_at_its_time_without_any_hint(bench: Bench) -> None:

@@ -75,13 +75,18 @@ def transport(make: Make) -> HttpTransport:
 
 
 def delivery(
-    base: str, id: int = 1, *, method: str = "POST", body: bytes = b"body", deadline: Micros = DEADLINE, claims: int = 0
+    base: str,
+    id: int = 1,
+    *,
+    method: str = "POST",
+    body: bytes = b"body",
+    deadline: Micros = DEADLINE,
+    claims: int = 0,
+    queue: str = "default",
 ) -> Delivery:
     """Return a delivery whose path tells its id."""
     nothing = ("", "", "", "", "", 0, 0, 0, "")  # target, headers, namespace, tag, retry, deadline, ..., history
-    claim = Claim(
-        id, claims or id + 1000, "default", None, 0, 0, 1, 0, 0, 0, 0, 0, "", method, f"/task/{id}", *nothing, body
-    )
+    claim = Claim(id, claims or id + 1000, queue, None, 0, 0, 1, 0, 0, 0, 0, 0, "", method, f"/task/{id}", *nothing, body)
     return Delivery(claim, base, deadline)
 
 
@@ -688,9 +693,9 @@ def test_room_looks_ahead_only_where_answers_are_fast(make: Make) -> None:
     with serving(script) as server:
         deliver_one(transport, server.base, id=1)
         assert transport.room(server.base) == 4  # one fast answer is no trend
-        for _ in range(60):
+        for _ in range(300):
             deliver_one(transport, server.base, id=1)
-        assert 40 <= transport.room(server.base) <= 4 + 4 * 20  # 20 ms of answers of about 1 ms in 4 slots
+        assert 80 <= transport.room(server.base) <= 4 + 4 * 40  # 40 ms of answers of about 1 ms in 4 slots
         deliver_one(transport, server.base, id=2)
         assert transport.room(server.base) == 4
 
@@ -705,6 +710,18 @@ def test_waiting_deliveries_start_without_another_call(make: Make) -> None:
 
         # The second may be answered as well by now, but it has been started: nothing but the third can be withdrawn.
         assert {result.id for result in transport.withdraw()} <= {2}
+
+
+def test_queues_take_turns_in_the_line_for_a_slot(make: Make) -> None:
+    transport = make(concurrency=1)
+    with serving(answering(OK)) as server:
+        for id in range(6):
+            transport.send(delivery(server.base, id))
+        transport.send(delivery(server.base, 6, queue="other"))
+
+        results = sorted(collect(transport, 7), key=lambda result: result.started)
+
+    assert [result.id for result in results] == [0, 6, 1, 2, 3, 4, 5]
 
 
 def test_withdraw_returns_what_has_not_started(make: Make) -> None:

@@ -224,6 +224,20 @@ def test_room_looks_ahead_once_calls_have_been_quick(make: Make) -> None:
     assert transport.room("") == before - 1
 
 
+def test_queues_take_turns_in_the_line_for_a_thread(make: Make) -> None:
+    gate = Gate()
+    transport = make(gate, threads=1)
+    transport.send(delivery(0))
+    gate.wait()
+    for id in range(1, 6):
+        transport.send(delivery(id))
+    transport.send(delivery(6, queue="other"))
+
+    gate.open.set()
+
+    assert [result.id for result in collect(transport, 7)] == [0, 6, 1, 2, 3, 4, 5]
+
+
 # --- withdraw, cancel -----------------------------------------------------------------------------------------------
 
 

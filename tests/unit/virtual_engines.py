@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, NewTask, QueueConfig, QueueSource, Result, TaskRow
 from deferlib.core.scheduler import Rules, Scheduler
 from deferlib.engine.engine import Engine
+from deferlib.engine.lines import Lines
 from deferlib.store.sqlite import SqliteStore
 from deferlib.testing import VirtualClock
 
@@ -128,7 +129,7 @@ class Node:
         self.slots, self.look_ahead = slots, look_ahead
         self.running: dict[tuple[int, int], Delivery] = {}
         self.free: Counter[str] = Counter()  # of each base, less than all of them
-        self.lines: dict[str, deque[Delivery]] = {}
+        self.lines: dict[str, Lines] = {}
         self.turns = 0
         self.writes = 0
         self.most_in_line = 0
@@ -161,14 +162,17 @@ class Node:
     # --- its transport --------------------------------------------------------------------------------------------------
 
     def room(self, base: str) -> int:
-        return max(0, self.slots - self.free[base] - len(self.lines.get(base, ())) + self.look_ahead)
+        return max(0, self.slots - self.free[base] - self._in_line(base) + self.look_ahead)
+
+    def _in_line(self, base: str) -> int:
+        return sum(1 for _ in self.lines.get(base, ()))
 
     def send(self, delivery: Delivery) -> None:
         if self.free[delivery.base] < self.slots:
             self._start(delivery)
         else:
-            self.lines.setdefault(delivery.base, deque()).append(delivery)
-            self.most_in_line = max(self.most_in_line, sum(map(len, self.lines.values())))
+            self.lines.setdefault(delivery.base, Lines()).put(delivery)
+            self.most_in_line = max(self.most_in_line, sum(map(self._in_line, self.lines)))
 
     def _start(self, delivery: Delivery) -> None:
         now, claim = self.town.now, delivery.claim
@@ -193,9 +197,8 @@ class Node:
     def _leave(self, delivery: Delivery) -> None:
         del self.running[delivery.claim[:2]]
         self.free[delivery.base] -= 1
-        line = self.lines.get(delivery.base)
-        if line:
-            self._start(line.popleft())
+        if self._in_line(delivery.base):
+            self._start(self.lines[delivery.base].take())
 
     def results(self) -> Sequence[Result]:
         found, self._found = self._found, []
@@ -204,8 +207,8 @@ class Node:
     def cancel(self, id: int, claims: int) -> None:
         if (id, claims) in self.running:
             self._leave(self.running[id, claims])
-        for base, line in self.lines.items():
-            self.lines[base] = deque(each for each in line if each.claim[:2] != (id, claims))
+        for line in self.lines.values():
+            line.keep(lambda each: each.claim[:2] != (id, claims))
 
     def withdraw(self) -> Sequence[Result]:
         lines, self.lines = self.lines, {}

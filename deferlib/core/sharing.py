@@ -1,0 +1,56 @@
+"""How queues share the room of a target: evenly, and who has had its share leaves some for those that come next.
+
+Without that a queue with a million tasks would hold every slot of a target, and every place in the line before it, and the
+next task of any other queue would wait for one of its calls to end.
+"""
+
+from __future__ import annotations
+
+from deferlib.core.model import MINUTE, Micros
+
+_LATELY: Micros = MINUTE  # since when a queue counts as one that needs room now and then
+_PART = 8  # of the room, one part is left
+
+
+class Sharing:
+    """One engine's view of it, by base URL."""
+
+    __slots__ = ("_used", "in_flight")
+
+    def __init__(self) -> None:
+        self.in_flight: dict[str, int] = {}
+        self._used: dict[str, dict[str, Micros]] = {}  # by base, when each queue last used it
+
+    def sent(self, base: str, queue: str, now: Micros) -> None:
+        """Take that a delivery of *queue* is on its way to *base*."""
+        self.in_flight[base] = self.in_flight.get(base, 0) + 1
+        self._used.setdefault(base, {})[queue] = now
+
+    def landed(self, base: str) -> None:
+        """Take that one has ended."""
+        left = self.in_flight[base] - 1
+        if left:
+            self.in_flight[base] = left
+        else:
+            del self.in_flight[base]
+
+    def share(self, base: str, queue: str, in_flight: int, free: int) -> int:
+        """Return how much of the *free* room of *base* a *queue* may take that has *in_flight* already.
+
+        Up to its even share all of it, beyond that all but what is left to others.
+        """
+        users = self._used.get(base, ())
+        count = len(users) + (queue not in users)
+        if count == 1:
+            return free
+        room = free + self.in_flight.get(base, 0)
+        return min(free, max(-(-room // count) - in_flight, free - (room + _PART // 2) // _PART, 0))
+
+    def forget(self, now: Micros) -> None:
+        """Forget who has used nothing for a while."""
+        for base, users in list(self._used.items()):
+            kept = {queue: at for queue, at in users.items() if now - at < _LATELY}
+            if kept:
+                self._used[base] = kept
+            else:
+                del self._used[base]
