@@ -68,6 +68,7 @@ class LocalTransport:
         self._wakes: float = 0  # when `wait` wakes by itself; infinite while it finds that out, 0 outside it
         self._poll = select.poll()
         self._poll.register(self._waker.fileno(), select.POLLIN)
+        self._woken = False  # by somebody else than the pool's threads
         self._closed = False
         for number in range(self._threads):
             threading.Thread(target=self._work, name=f"deferlib-{number}", daemon=True).start()
@@ -151,12 +152,14 @@ class LocalTransport:
             self._waker.clear()
         # While the threads have work, a turn can wait for more results: fewer transactions, and fewer fights for the GIL.
         for _ in range(_GATHERS):
-            if not 0 < len(self._done) < _BATCH or self._inbox.qsize() <= self._threads:
+            if self._woken or not 0 < len(self._done) < _BATCH or self._inbox.qsize() <= self._threads:
                 break
             self._poll.poll(_GATHER)
             self._waker.clear()
+        self._woken = False
 
     def wake(self) -> None:
+        self._woken = True
         self._waker.wake()
 
     def close(self) -> None:

@@ -224,6 +224,37 @@ def test_room_looks_ahead_once_calls_have_been_quick(make: Make) -> None:
     assert transport.room("") == before - 1
 
 
+@pytest.mark.parametrize("woken", [False, True])
+def test_wake_ends_the_gathering_of_results(make: Make, monkeypatch: pytest.MonkeyPatch, woken: bool) -> None:
+    """A task of a quiet queue waited up to 10 ms beside a backlog of another one."""
+    gate, polls = Gate(), [0]
+
+    class Poll:
+        def poll(self, milliseconds: float) -> list[Any]:
+            polls[0] += 1
+            return []
+
+    def app(environ: dict[str, Any], start_response: StartResponse) -> list[bytes]:
+        return ok(environ, start_response) if environ["PATH_INFO"] == "/first" else gate(environ, start_response)
+
+    transport = make(app, threads=1)
+    transport.send(delivery(1, url="/first"))
+    for id in range(2, 6):
+        transport.send(delivery(id))
+    gate.wait()  # the first has ended, the second runs, three are in line
+    monkeypatch.setattr(transport, "_poll", Poll())
+    for _ in range(2):  # a wake counts once
+        polls[0] = 0
+        if woken:
+            transport.wake()
+        transport.wait(later())
+        assert polls == [0 if woken else 5]
+        woken = False
+    gate.open.set()
+    monkeypatch.undo()
+    collect(transport, 5)
+
+
 def test_queues_take_turns_in_the_line_for_a_thread(make: Make) -> None:
     gate = Gate()
     transport = make(gate, threads=1)
