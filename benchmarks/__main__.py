@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks import measures, report
+from benchmarks.fair import fair
 from benchmarks.machine import described, machine
 from benchmarks.row import Row
 from benchmarks.scale import scale
@@ -32,6 +33,7 @@ ALL: dict[str, Callable[[], list[Row]]] = {
     "latency-across": measures.latency_across_processes,
     "idle": measures.idle,
     "slow": slow,
+    "fair": fair,
 }
 _SMALL, _FULL = 0.1, 1.0
 

@@ -55,7 +55,7 @@ def _delays(in_flight: int, spread: float) -> tuple[list[float], stub.Seen, floa
         folder = runtime.settings.root
         with server(folder / "fast") as fast, server(folder / "slow") as slow_port:
             targets = f"fast=http://127.0.0.1:{fast},slow=http://127.0.0.1:{slow_port}"
-            with _environment(DEFERLIB_TARGETS=targets, DEFERLIB_CONCURRENCY=str(IN_FLIGHT)), cli_engine() as engine:
+            with environment(DEFERLIB_TARGETS=targets, DEFERLIB_CONCURRENCY=str(IN_FLIGHT)), cli_engine() as engine:
                 queue = taskqueue.Queue()
                 for _ in range(in_flight * _WAVES // 100):
                     steps = [_SECONDS + spread * (number / 100 - 0.5) for number in range(100)]
@@ -82,7 +82,7 @@ def server(out: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
     os.environ.update(values)
     try:
         yield

@@ -28,9 +28,14 @@ def spent(tat: Micros, interval: Micros, count: int, now: Micros) -> Micros:
     return max(tat, now) + count * interval
 
 
+def first_token(tat: Micros, interval: Micros, size: int) -> Micros:
+    """Return since when there is a token, or when there will be one."""
+    return tat + interval - size * interval
+
+
 def next_token(tat: Micros, interval: Micros, size: int, now: Micros) -> Micros:
     """Return when the next token is there: *now* or later."""
-    return max(now, tat + interval - size * interval)
+    return max(now, first_token(tat, interval, size))
 
 
 def latest(rate: float | None, size: int, now: Micros) -> Micros:

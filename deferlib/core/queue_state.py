@@ -14,7 +14,7 @@ class QueueState:
 
     __slots__ = (
         *("config", "fast_at", "fast_looked", "in_flight", "interval", "look_at", "owned_by_other_until", "paused", "tat"),
-        *("disabled", "flown", "flown_at", "owned_until", "served", "throttle"),
+        *("disabled", "flown", "flown_at", "owned_until", "served", "spent", "throttle"),
     )
 
     def __init__(self, name: str) -> None:
@@ -26,6 +26,7 @@ class QueueState:
         self.flown_at: Micros = 0  # and since when
         self.interval: Micros = 0
         self.tat: Micros = 0
+        self.spent = False  # the last claim left no token
         self.look_at: Micros = 0  # when something may be due; 0: look now
         self.fast_at: Micros = 0  # when a fail-fast task may be due, of use while no slot is free
         self.fast_looked: Micros = 0  # when that was last looked up
@@ -79,9 +80,10 @@ class QueueState:
             return Decision(reason="paused: its rate is 0")
         if config.limited and self.owned_by_other_until > now:
             return Decision(reason="dispatched by another engine", until=self.owned_by_other_until)
-        if self.interval and not bucket.tokens(self.tat, self.interval, config.bucket_size, now):
-            until = bucket.next_token(self.tat, self.interval, config.bucket_size, now)
-            return Decision(reason="waiting for a token", until=until)
+        if self.interval:
+            first = bucket.first_token(self.tat, self.interval, config.bucket_size)
+            if now < first + (self.gathering if self.spent else 0):
+                return Decision(reason="waiting for a token", until=first)
         return self.throttle.hold(now)
 
     @property

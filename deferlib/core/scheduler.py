@@ -393,6 +393,9 @@ class Scheduler:
                 queue.throttle.dispatched(count, now)
             if count and spec.interval:
                 queue.tat = bucket.spent(queue.tat, spec.interval, count, now) - refunds.get(spec.queue, 0)
+            if spec.interval and not spec.fail_fast:
+                size = queue.config.bucket_size
+                queue.spent = bool(count) and not bucket.tokens(queue.tat, spec.interval, size, now)
         refused = {outcome.id for outcome in refusals}
         return [self._deliver(now, claim) for claim in claims if claim.id not in refused]
 

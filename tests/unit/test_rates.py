@@ -69,6 +69,23 @@ def test_no_window_has_more_than_bucket_and_rate_and_a_backlog_has_nearly_all_of
     assert len(town.starts) >= 0.95 * (rate * seconds + size)
 
 
+def test_limited_backlog_isnt_claimed_from_in_every_turn_that_is_made_for_another_queue() -> None:
+    """A token is there nearly always, and each such turn would wait for the disk: a hundred a second are enough."""
+    town = Town(
+        QueueConfig(name="default", rate=1_000, bucket_size=50), QueueConfig(name="quick"), respond=lambda *_: QUICK
+    )
+    town.engine(look_ahead=256)
+    town.add(3_000)
+    for _ in range(1_000):
+        town.run(0.001)
+        town.add(1, "quick")
+    town.run(0.01)
+
+    assert len(town.times("quick")) == 1_000
+    assert len(town.times()) >= 0.98 * 1_050
+    assert len(set(town.times())) <= 150, "turns that claimed from it"
+
+
 def test_queue_of_one_a_day_starts_one_a_day() -> None:
     town = Town(QueueConfig(name="default", rate=SECOND / DAY, bucket_size=2))
     town.engine()
