@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deferlib.cli.show import count, iso, print_json, relative, safe
 from deferlib.core import bucket
+from deferlib.core.explainer import Explainer
 from deferlib.core.model import Decision, Micros, QueueRow, QueueStats, TaskRow
 from deferlib.core.rules import Rules
-from deferlib.core.scheduler import Scheduler
 from deferlib.engine.troubles import conditions, slowdowns
 from deferlib.outbound import NOWHERE
 
@@ -56,7 +56,7 @@ def explain(it: Opened, tx: Tx, now: Micros, row: TaskRow) -> Explanation:
         concurrency=it.settings["concurrency"] or CONCURRENCY,
         origin=(it.settings["allow_urls"] or NOWHERE).origin,
     )
-    scheduler = Scheduler(rules, Random(0))
+    scheduler = Explainer(rules, Random(0))
     scheduler.configure(queues)
     in_flight = {name: each.in_flight for name, each in stats.items()}
     scheduler.restore(now, conditions(notes, now), slowed.values(), in_flight)

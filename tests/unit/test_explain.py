@@ -13,10 +13,11 @@ import pytest
 
 import deferlib
 from deferlib import cli, config
+from deferlib.core.explainer import Explainer
 from deferlib.core.health import Ailment, Condition
 from deferlib.core.model import SECOND, Action, ClaimSpec, Micros, Outcome, QueueRow, TaskRow
 from deferlib.core.rules import Rules
-from deferlib.core.scheduler import Scheduler, Slowdown
+from deferlib.core.scheduler import Slowdown
 from deferlib.engine import troubles
 
 QUEUES: list[dict[str, Any]] = [
@@ -182,7 +183,7 @@ def test_answer_is_the_schedulers_own(served: Desk) -> None:
         rows: list[QueueRow] = tx.queues()
         [row] = tx.find("slow", ["x"])
     assert isinstance(row, TaskRow)
-    scheduler = Scheduler(Rules(node="", base="http://app", target={}.get), Random(0))
+    scheduler = Explainer(Rules(node="", base="http://app", target={}.get), Random(0))
     now = served.now
     for paused in (False, True):
         scheduler.configure([each._replace(paused=paused) for each in rows])
