@@ -30,7 +30,15 @@ LAYERS = [
     {"testing", "contrib", "cli"},
 ]
 PURE_FORBIDDEN = {"time", "socket", "threading", "logging", "asyncio", "os", "select", "subprocess", "secrets", "apsw"}
-STORES = {"store.sqlite", "store.sqlite_tx", "store.sqlite_file", "store.datagram", "store.postgres"}
+STORES = {
+    "store.sqlite",
+    "store.sqlite_tx",
+    "store.sqlite_statements",
+    "store.sqlite_seat",
+    "store.sqlite_file",
+    "store.datagram",
+    "store.postgres",
+}
 
 
 @cache

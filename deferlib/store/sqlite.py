@@ -8,9 +8,7 @@ one file in one process (closing one drops the other's locks), so nothing else h
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import random
 import sqlite3
 import threading
 import time
@@ -26,6 +24,7 @@ from deferlib.store.fairlock import FairLock
 from deferlib.store.presence import Presence
 from deferlib.store.shared_commit import Job, Line, do
 from deferlib.store.sqlite_file import check_file, create, extend_log, migrate, translated, translation, upgrade
+from deferlib.store.sqlite_seat import Seat
 from deferlib.store.sqlite_tx import SqliteTx
 from deferlib.store.watch import Watch
 
@@ -37,7 +36,6 @@ MEMORY = ":memory:"
 # this size when it starts: the first 800 defer() after that took 330 µs each, so 225.
 _CHECKPOINT_PAGES = 2_000
 _A_MOMENT = 0.25  # seconds to wait for others with what is for speed only
-_BUSY_STEP = 100e-6  # SQLite's own busy handler waits up to 100 ms and cuts a shared drain to a third
 _TORN = (
     "{}: this process was forked within a transaction of its parent, and shares locks with it that SQLite can't part. "
     "Fork outside of transactions, or start a new program"
@@ -57,9 +55,9 @@ class SqliteStore:
         self._memory = path == MEMORY
         self._inode: tuple[int, int] | None = None  # of the file in use: another in its place is an error
         self._suspect = False  # an fsync failed: what the log held then may never reach the disk
-        self._writer = _Seat(busy_seconds)
-        self._reader = self._writer if self._memory else _Seat(busy_seconds)  # in memory the connection is the database
-        self._poller = _Seat(0)
+        self._writer = Seat(busy_seconds)
+        self._reader = self._writer if self._memory else Seat(busy_seconds)  # in memory the connection is the database
+        self._poller = Seat(0)
         self._line = Line()
         self._watches: list[Watch] = []
         self._hints = None if self._memory else Hints(self.path)
@@ -191,7 +189,7 @@ class SqliteStore:
     # --- transactions -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _turn(self, seat: _Seat, unless: Job | None = None) -> Iterator[None]:
+    def _turn(self, seat: Seat, unless: Job | None = None) -> Iterator[None]:
         """Wait for a turn on *seat*'s connection; see to it that it is in place, and in no transaction.
 
         Nothing is looked at where the job *unless* was done by another thread meanwhile.
@@ -250,7 +248,7 @@ class SqliteStore:
             self._suspect = True
             raise errors.EnqueueUnknownError(f"{self.path}: the commit failed with an unknown outcome: {error}") from error
 
-    def _rollback(self, seat: _Seat) -> None:
+    def _rollback(self, seat: Seat) -> None:
         # An error in a statement may have rolled back already; what can't be rolled back is closed.
         try:
             if seat.connection is not None and seat.connection.in_transaction:
@@ -290,7 +288,7 @@ class SqliteStore:
 
     # --- connections ------------------------------------------------------------------------------------------------
 
-    def _connection(self, seat: _Seat) -> apsw.Connection:
+    def _connection(self, seat: Seat) -> apsw.Connection:
         """Return *seat*'s connection, opened if need be, on the file that *path* names now."""
         connection = seat.connection
         if connection is None:
@@ -301,7 +299,7 @@ class SqliteStore:
             self._check_in_place()
         return connection
 
-    def _open(self, seat: _Seat) -> apsw.Connection:
+    def _open(self, seat: Seat) -> apsw.Connection:
         if not self._memory:
             self._find_file()
         flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if self._memory else 0)
@@ -386,48 +384,6 @@ class SqliteStore:
             watch.abandon()
         self._watches = []
         self._line = Line()
-
-
-class _Seat:
-    """A connection and the lock of the threads that take turns on it."""
-
-    __slots__ = ("connection", "durable", "lock", "opened", "patience", "tx", "until")
-
-    def __init__(self, patience: float) -> None:
-        self.lock = FairLock()
-        self.connection: apsw.Connection | None = None
-        self.patience = patience  # how many seconds to wait for another process
-        self.until = 0.0  # when this turn's patience ends
-        self.opened = 0  # how often
-        self.durable = True
-        self.tx: SqliteTx | None = None  # the last one
-
-    def take(self, connection: apsw.Connection) -> None:
-        self.connection, self.durable = connection, True
-        self.opened += 1
-
-    def close(self) -> None:
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close(True)
-
-    def abandon(self) -> None:
-        """Give the parent's connection up in a forked child, and keep it for ever.
-
-        Even to close it would undo, in memory shared with the parent, what the parent is about to commit. And while it is
-        open, SQLite believes that this process has the parent's locks: it can't open the file a second time (`_torn`).
-        """
-        for kept in (self.connection, self.tx and self.tx.close()):
-            if kept is not None:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))  # or the interpreter's end would close it
-        self.connection = None
-
-    def wait(self, calls: int) -> bool:
-        """Be SQLite's busy handler."""
-        if time.monotonic() >= self.until:
-            return False
-        time.sleep(_BUSY_STEP * random.uniform(0.5, 1.5))
-        return True
 
 
 def _inode(path: str) -> tuple[int, int] | None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, NoReturn, TypeVar
-
-import apsw
+from typing import Any, TypeVar
 
 from deferlib.core.model import (
     MINUTE,
@@ -34,16 +32,14 @@ from deferlib.core.model import (
 )
 from deferlib.errors import StoreError
 from deferlib.store import names_and_ids, queries
-from deferlib.store.sqlite_file import translation
+from deferlib.store.sqlite_statements import SQL, Statements
 
 T = TypeVar("T")
 
-SQL = queries.load("sqlite")
 _ADD = queries.Many(SQL["add"], (*NewTask._fields, "size"))
 _DONE = queries.Many(SQL["done"], ("id", "claims"))
 _KEEP_MINUTES = 24 * 60
 _FEW = 8  # queues that are asked for one by one
-_MANY = 4  # rows that are worth a savepoint
 _LOST = -1  # the place of what lost its fence
 _TASK_COLUMNS = (
     *("id", "queue", "name", "eta", "due", "claims", "attempts", "executions", "failures", "lost", "first_try"),
@@ -58,25 +54,14 @@ _SETTLE = {
 }
 
 
-class SqliteTx:
+class SqliteTx(Statements):
     """One transaction's verbs; `deferlib.store.Tx` says what each does.
 
     A statement that fails ends it: a verb is done whole or not at all, so nothing may follow half of one, or be committed
     with it.
     """
 
-    __slots__ = ("_connection", "_cursor", "_path", "failure")
-
-    def __init__(self, connection: apsw.Connection, path: str) -> None:
-        self._connection = connection
-        self._cursor: apsw.Cursor | _Ended = connection.cursor()
-        self._path = path
-        self.failure: BaseException | None = None
-
-    def close(self) -> object:
-        """End the verbs; return what carried them, for a forked child that mustn't touch it but keep it."""
-        cursor, self._cursor = self._cursor, _ENDED
-        return cursor
+    __slots__ = ()
 
     def attempt(self, work: Callable[[SqliteTx], T]) -> T:
         """Return what *work* makes of this transaction; what it raises comes through, and nothing of it stays.
@@ -390,7 +375,7 @@ class SqliteTx:
     def disown(self, node: str) -> None:
         self._run("disown", {"node": node})
 
-    # --- statements -------------------------------------------------------------------------------------------------
+    # --- what several verbs do ----------------------------------------------------------------------------------------
 
     def _resolve(self, queue: str, name: str, id: int | None) -> list[tuple[int, int, int]]:
         """Return (id, is a dead letter, is a tombstone) of what *name* stands for: a user's name first, then an id."""
@@ -410,70 +395,6 @@ class SqliteTx:
     def _count_one(self, queue: str, *, tasks: int = 0, dead: int = 0) -> None:
         if tasks or dead:
             self._run("count", {"queue": queue, "tasks": tasks, "dead": dead})
-
-    def _run(self, query: str, values: Mapping[str, Any]) -> None:
-        self._rows(query, values)
-
-    def _column(self, query: str, values: Mapping[str, Any]) -> list[Any]:
-        return [row[0] for row in self._rows(query, values)]
-
-    def _value(self, query: str, values: Mapping[str, Any]) -> Any:
-        rows = self._rows(query, values)
-        return rows[0][0] if rows else None
-
-    def _rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        try:
-            return self._cursor.execute(SQL[query], values).fetchall()
-        except BaseException as error:
-            self._fail(error)
-
-    def _many(self, statement: queries.Many, values: Sequence[tuple[Any, ...]]) -> Sequence[int]:
-        """Run *statement* with each of *values*; return the places of those for which it has changed a row.
-
-        First without asking for which: to return a row costs 1.5 µs, and nearly always it is all of them.
-        """
-        if len(values) >= _MANY and self._all_change(statement.silent, values):
-            return range(len(values))
-        return self._each(statement.telling, [(*value, place) for place, value in enumerate(values)])
-
-    def _all_change(self, sql: str, values: Sequence[tuple[Any, ...]]) -> bool:
-        """Run *sql* with each of *values* and tell whether each has changed a row; if not, nothing is done."""
-        try:
-            self._cursor.execute("savepoint many")
-            before = self._connection.total_changes()
-            self._cursor.executemany(sql, values)
-            all_changed = self._connection.total_changes() - before == len(values)
-            self._cursor.execute("release many" if all_changed else "rollback to many; release many")
-        except BaseException as error:
-            self._fail(error)
-        return all_changed
-
-    def _each(self, sql: str, values: Sequence[Mapping[str, Any] | tuple[Any, ...]]) -> list[int]:
-        """Run a statement once for each of *values*; return the first column of what it returns."""
-        try:
-            return [row[0] for row in self._cursor.executemany(sql, values)]
-        except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> NoReturn:
-        if self.failure is None and self._cursor is not _ENDED:
-            self.failure = error
-        self.close()
-        if isinstance(error, apsw.Error):
-            raise translation(self._path, error, self._connection.system_errno) from error
-        raise error
-
-
-class _Ended:
-    """Stands in for the cursor of a transaction that is over."""
-
-    def execute(self, sql: str, values: object = None) -> NoReturn:
-        raise StoreError("the transaction is over: use its verbs within the block, and not after one of them has failed")
-
-    executemany = execute
-
-
-_ENDED = _Ended()
 
 
 def _kind(placed: tuple[int, Outcome]) -> tuple[Action, bool]:
