@@ -88,11 +88,14 @@ class QueueState:
 
     @property
     def gathering(self) -> Micros:
-        """How much longer to wait for tokens than for the first: each turn is a commit, a hundred a second are enough."""
+        """How much longer to wait for tokens than for the first: each turn is a commit, a hundred a second are enough.
+
+        Not for more than half of the bucket: what comes while it is full is lost, and a turn may come late.
+        """
         rate = self.config.rate
         if not self.interval or not rate:
             return 0
-        return (min(self.config.bucket_size, max(int(rate / 100), 1)) - 1) * self.interval
+        return max(min(self.config.bucket_size // 2, int(rate / 100)) - 1, 0) * self.interval
 
     def allowance(self, now: Micros) -> int:
         """Return how many tasks the queue's own limits let through at *now*."""

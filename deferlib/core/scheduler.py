@@ -172,14 +172,29 @@ class Scheduler:
             and not queue.closed(now)
         ]
 
-    def fast_specs(self, now: Micros, full: Iterable[str]) -> list[ClaimSpec]:
-        """Return what to claim of the *full* queues only to fail it; spends no tokens. Changes no state."""
+    def fast_specs(
+        self, now: Micros, full: Iterable[str], specs: Sequence[ClaimSpec], room: Callable[[str], int]
+    ) -> list[ClaimSpec]:
+        """Return what to claim of the *full* queues that doesn't wait for a slot, beside *specs*. Changes no state.
+
+        It is claimed only to be failed, and spends no tokens, unless there are slots that are left to other queues.
+        """
         until = now + self._rules.lease
-        return [
-            ClaimSpec(name, FAST_CLAIM, CLAIM_BYTES, until, fail_fast=True)
-            for name in full
-            if self._queues[name].fast_at <= now
-        ]
+        fast = []
+        for name in full:
+            queue = self._queues[name]
+            if queue.fast_at > now:
+                continue
+            free = self._free(queue, now, room)
+            if not free:
+                fast.append(ClaimSpec(name, FAST_CLAIM, CLAIM_BYTES, until, fail_fast=True))
+                continue
+            base = self._base(queue)
+            taken = sum(spec.limit for spec in (*specs, *fast) if self._base(self._queues[spec.queue]) == base)
+            count = min(free - taken, queue.allowance(now))
+            if count > 0:
+                fast.append(ClaimSpec(name, count, CLAIM_BYTES, until, queue.interval, fail_fast=True))
+        return fast
 
     def peeks(self, specs: Iterable[ClaimSpec]) -> list[str]:
         """Return the limited queues of *specs*: they are owned only if something is due there.
@@ -207,7 +222,7 @@ class Scheduler:
                     tokens = bucket.tokens(limiter.tat, queue.interval, queue.config.bucket_size, now)
                     if not tokens:
                         continue
-                    if not spec.fail_fast:
+                    if spec.interval:
                         spec = spec._replace(limit=min(spec.limit, tokens))
             admitted.append(spec)
         return admitted
@@ -238,7 +253,7 @@ class Scheduler:
         state. Settled in the transaction that claimed them: an engine that is killed between two would leave
         them leased, and count each as an attempt that was lost with its process.
         """
-        full = {spec.queue for spec in specs if spec.fail_fast}
+        full = {spec.queue for spec in specs if spec.fail_fast and not self._free(self._queues[spec.queue], now, room)}
         refused, isolated = [], self._isolated
         left: dict[str, int] = {}  # room of the targets that claims have beside their queue's
         for claim in claims:
@@ -254,7 +269,7 @@ class Scheduler:
 
     def refunds(self, specs: Iterable[ClaimSpec], refusals: Iterable[Outcome]) -> dict[str, Micros]:
         """Return what the limiters get back, as `Tx.refund` takes it: what isn't sent costs no tokens."""
-        intervals = {spec.queue: spec.interval for spec in specs if spec.interval and not spec.fail_fast}
+        intervals = {spec.queue: spec.interval for spec in specs if spec.interval}
         back: dict[str, Micros] = {}
         for outcome in refusals:
             if outcome.queue in intervals:
@@ -462,11 +477,20 @@ class Scheduler:
         """Return and forget which queues aren't slowed any more: that comes with time alone, so it is to be asked for."""
         self._health.forget(now)
         self._sharing.forget(now)
+        self._set_renewals_right(now)
         return [
             Slowdown(name, queue.throttle.since, None, 0)
             for name, queue in self._queues.items()
             if queue.throttle.active and queue.throttle.ended(now, queue.config.rate)
         ]
+
+    def _set_renewals_right(self, now: Micros) -> None:
+        """After the clock was set back: one that waits for the time before that would hold up all that came later."""
+        soon = now + self._rules.lease // 3
+        for flight in self._flights.values():
+            if flight.renew_at <= soon:
+                break
+            flight.renew_at = soon
 
     def slowdowns(self, now: Micros) -> list[Slowdown]:
         """Return the queues that are slowed."""
@@ -522,6 +546,9 @@ class Scheduler:
 
     def _deliver(self, now: Micros, claim: Claim) -> Delivery:
         config = self._config(claim.queue)
+        former = self._flights.get(claim.id)
+        if former is not None:  # its lease ran out, and this engine has claimed it again
+            self._land(former)
         if claim.lost and self._fitness.suspect(claim, config):
             self._isolated = claim.id
         queue = self._queues.get(claim.queue)
@@ -541,7 +568,7 @@ class Scheduler:
         queue = self._queues.get(flight.claim.queue)
         if queue is not None:
             queue.in_flight -= 1
-        self._sharing.landed(flight.base)
+        self._sharing.landed(flight.base, flight.claim.queue)
         if self._health:
             self._health.landed(flight.base)
 
@@ -552,14 +579,16 @@ class Scheduler:
         return self._rules.resolve(queue.config.target) or self._rules.base
 
     def _has_slot(self, queue: QueueState, at: Micros, room: Callable[[str], int]) -> bool:
-        if queue.crowded:
-            return False
+        return self._share(queue, self._base(queue), self._free(queue, at, room)) > 0
+
+    def _free(self, queue: QueueState, at: Micros, room: Callable[[str], int]) -> int:
+        """Return how many slots *queue* could use, those that are left to others included."""
         base = self._base(queue)
-        return self._share(queue, base, self._health.room(base, at, room(base))) > 0
+        return 0 if queue.crowded else self._health.room(base, at, room(base))
 
     def _share(self, queue: QueueState, base: str, free: int) -> int:
         """Return how many of the *free* slots of *base* are *queue*'s."""
-        return self._sharing.share(base, queue.config.name, queue.in_flight, free)
+        return self._sharing.share(base, queue.config.name, free)
 
     def _config(self, queue: str) -> QueueConfig:
         known = self._queues.get(queue)

@@ -15,41 +15,46 @@ _PART = 8  # of the room, one part is left
 class Sharing:
     """One engine's view of it, by base URL."""
 
-    __slots__ = ("_used", "in_flight")
+    __slots__ = ("_queues", "_used", "in_flight")
 
     def __init__(self) -> None:
         self.in_flight: dict[str, int] = {}
+        self._queues: dict[tuple[str, str], int] = {}  # of them, by base and queue
         self._used: dict[str, dict[str, Micros]] = {}  # by base, when each queue last used it
 
     def sent(self, base: str, queue: str, now: Micros) -> None:
         """Take that a delivery of *queue* is on its way to *base*."""
         self.in_flight[base] = self.in_flight.get(base, 0) + 1
+        self._queues[base, queue] = self._queues.get((base, queue), 0) + 1
         self._used.setdefault(base, {})[queue] = now
 
-    def landed(self, base: str) -> None:
+    def landed(self, base: str, queue: str) -> None:
         """Take that one has ended."""
-        left = self.in_flight[base] - 1
-        if left:
-            self.in_flight[base] = left
-        else:
+        self.in_flight[base] -= 1
+        if not self.in_flight[base]:
             del self.in_flight[base]
+        self._queues[base, queue] -= 1
+        if not self._queues[base, queue]:
+            del self._queues[base, queue]
 
-    def share(self, base: str, queue: str, in_flight: int, free: int) -> int:
-        """Return how much of the *free* room of *base* a *queue* may take that has *in_flight* already.
+    def share(self, base: str, queue: str, free: int) -> int:
+        """Return how much of the *free* room of *base* a *queue* may take.
 
-        Up to its even share all of it, beyond that all but what is left to others.
+        Up to its even share all of it, beyond that all but what is left to others. What it has on its way to other targets
+        doesn't count.
         """
         users = self._used.get(base, ())
         count = len(users) + (queue not in users)
         if count == 1:
             return free
         room = free + self.in_flight.get(base, 0)
-        return min(free, max(-(-room // count) - in_flight, free - (room + _PART // 2) // _PART, 0))
+        mine = self._queues.get((base, queue), 0)
+        return min(free, max(-(-room // count) - mine, free - (room + _PART // 2) // _PART, 0))
 
     def forget(self, now: Micros) -> None:
         """Forget who has used nothing for a while."""
         for base, users in list(self._used.items()):
-            kept = {queue: at for queue, at in users.items() if now - at < _LATELY}
+            kept = {queue: at for queue, at in users.items() if abs(now - at) < _LATELY}
             if kept:
                 self._used[base] = kept
             else:

@@ -208,7 +208,8 @@ class Engine:
         now = self._clock.now()
         self._look(now)
         self._judge(now)
-        specs = self._scheduler.plan(now, self._transport.room) + self._plan_fast(now)
+        specs = self._scheduler.plan(now, self._transport.room)
+        specs += self._plan_fast(now, specs)
         settling = [] if self._gathers(now, specs) else self._unsettled[:]
         outcomes = settling + self._scheduler.renewals(now)
         if outcomes or specs:  # an idle turn opens no transaction
@@ -235,15 +236,15 @@ class Engine:
             return False
         return not self._stopping and not self._scheduler.draining and not self._scheduler.peeks(specs)
 
-    def _plan_fast(self, now: Micros) -> list[ClaimSpec]:
-        """Return what to claim only to fail it, because no slot is free and it doesn't wait for one."""
+    def _plan_fast(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[ClaimSpec]:
+        """Return what to claim beside *specs* because it doesn't wait for a slot of its queue's."""
         full = self._scheduler.full(now, self._transport.room)
         if not full:
             return []
         with self._store.read() as tx:  # mostly in vain, so without the write lock: it keeps nobody waiting
             due = tx.next_due(full, fail_fast=True)
         self._scheduler.looked_fast(now, full, due)
-        return self._scheduler.fast_specs(now, full)
+        return self._scheduler.fast_specs(now, full, specs, self._transport.room)
 
     def _judge(self, now: Micros) -> None:
         """Turn the answers that came into outcomes."""

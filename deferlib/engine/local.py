@@ -152,10 +152,12 @@ class LocalTransport:
             self._waker.clear()
         # While the threads have work, a turn can wait for more results: fewer transactions, and fewer fights for the GIL.
         for _ in range(_GATHERS):
-            if self._woken or not 0 < len(self._done) < _BATCH or self._inbox.qsize() <= self._threads:
+            if not 0 < len(self._done) < _BATCH or self._inbox.qsize() <= self._threads:
                 break
             self._poll.poll(_GATHER)
             self._waker.clear()
+            if self._woken:  # not sooner: where tasks add tasks, each of them wakes
+                break
         self._woken = False
 
     def wake(self) -> None:

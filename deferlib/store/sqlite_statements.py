@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ from deferlib.store.sqlite_file import translation
 
 SQL = queries.load("sqlite")
 _MANY = 4  # rows that are worth a savepoint
+_RELEASE = "release deferlib_many"
+_UNDO = f"rollback to deferlib_many; {_RELEASE}"
 
 
 class Statements:
@@ -59,12 +62,15 @@ class Statements:
     def _all_change(self, sql: str, values: Sequence[tuple[Any, ...]]) -> bool:
         """Run *sql* with each of *values* and tell whether each has changed a row; if not, nothing is done."""
         try:
-            self._cursor.execute("savepoint many")
+            self._cursor.execute("savepoint deferlib_many")
             before = self._connection.total_changes()
             self._cursor.executemany(sql, values)
             all_changed = self._connection.total_changes() - before == len(values)
-            self._cursor.execute("release many" if all_changed else "rollback to many; release many")
+            self._cursor.execute(_RELEASE if all_changed else _UNDO)
         except BaseException as error:
+            if self._connection.in_transaction:  # the caller's may go on: nothing of this stays in it
+                with contextlib.suppress(apsw.Error):  # it never came to that
+                    self._connection.execute(_UNDO)
             self._fail(error)
         return all_changed
 

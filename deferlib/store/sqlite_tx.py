@@ -69,20 +69,20 @@ class SqliteTx(Statements):
         If an error has undone the whole transaction (a full disk does), this one is over, too: see `failure`.
         """
         connection = self._connection
-        connection.execute("savepoint work")
+        connection.execute("savepoint deferlib_work")
         part = SqliteTx(connection, self._path)
         try:
             result = work(part)
             if part.failure is not None:
                 raise StoreError(f"{self._path}: rolled back, because of: {part.failure}") from part.failure
-            connection.execute("release work")
+            connection.execute("release deferlib_work")
         except BaseException as error:
             if not connection.in_transaction:
                 self.failure = error
                 self.close()
                 raise
-            connection.execute("rollback to work")
-            connection.execute("release work")
+            connection.execute("rollback to deferlib_work")
+            connection.execute("release deferlib_work")
             raise
         finally:
             part.close()

@@ -26,6 +26,7 @@ from deferlib.core.model import (
     QueueConfig,
     Result,
 )
+from deferlib.core.verdict import NO_SLOT
 
 if TYPE_CHECKING:
     from tests.sim.world import Node, World
@@ -84,7 +85,7 @@ class Oracle:
         self.paused: dict[str, Micros] = {}
         self.resumed: dict[str, Micros] = {}
         self.owners: dict[str, Node] = {}
-        self.hasty: set[int] = set()  # claimed only to fail
+        self.hasty: dict[int, bool] = {}  # claimed because they don't wait for a slot, and whether none was free
         self.checked = -1
 
     # --- what was committed -----------------------------------------------------------------------------------------
@@ -127,8 +128,6 @@ class Oracle:
         for queue, now in taken.values():
             if self.configs[queue].rate:
                 self._rate(self.configs[queue], now)
-        hasty = [id for id in self.hasty if self.cases[id].leased]
-        must(not hasty, "claimed only to fail, and not failed:", hasty)
         self.hasty.clear()
 
     def _added(self, task: NewTask, result: AddResult) -> None:
@@ -182,8 +181,9 @@ class Oracle:
         case.executions += reported or (result is not None and result.status == 200)
         limit = policy_of(case.task.retry, self.configs[case.task.queue].retry).retry_limit
         exceeded = limit is not None and case.failures > limit
-        if outcome.id in self.hasty:
+        if outcome.reason == NO_SLOT:
             self.sometimes["failed fast"] += 1
+            must(self.hasty.get(outcome.id), "failed though a slot was free:", outcome)
             must(
                 outcome.action is not Action.DONE and not outcome.executed and not outcome.charged,
                 "it didn't run:",
@@ -215,9 +215,8 @@ class Oracle:
             self.sometimes["lease expiry"] += 1
         if fast:
             assert node is not None
-            self.hasty.add(claim.id)
             must(bool(case.task.fail_fast), "failed though it would have waited for a slot:", claim)
-            must(self._crowded(node, claim.queue, now), node, "failed a task though a slot was free:", claim)
+            self.hasty[claim.id] = self._crowded(node, claim.queue, now)
         case.claims, case.leased, case.until, case.holder = claim.claims, True, claim.until, node
         case.attempts += 1
         case.ready = max(claim.until, self.world.now)
@@ -281,11 +280,8 @@ class Oracle:
         flying = {id for id, _ in node.transport.live if self.cases[id].task.queue == queue}
         held = {id for id, case in self.cases.items() if case.leased and case.holder is node and case.task.queue == queue}
         limit = self.configs[queue].max_concurrent
-        scheduler = node.engine._scheduler
-        free = scheduler._health.room("http://app", now, node.transport.room(""))
-        # Who has its share leaves one slot of those few to others; what an engine doesn't know to be over counts as well.
-        kept = 1 if flying or held or scheduler._queues[queue].in_flight else 0
-        return free <= kept or (limit is not None and len(flying | (held - self.hasty)) >= limit)
+        free = node.engine._scheduler._health.room("http://app", now, node.transport.room(""))
+        return free <= 0 or (limit is not None and len(flying | (held - self.hasty.keys())) >= limit)
 
     def ran(self, id: int) -> None:
         self.cases[id].succeeded = True

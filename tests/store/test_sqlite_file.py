@@ -426,6 +426,28 @@ def test_errors_of_the_callers_own_database_are_its_own(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_failed_add_leaves_nothing_in_the_callers_transaction(tmp_path: Path, begun: bool) -> None:
+    store = new_store(made(tmp_path))
+    connection = apsw.Connection(store.path)
+    connection.execute("create table theirs (x)")
+    if begun:
+        connection.execute("begin; insert into theirs values (1); savepoint mine; insert into theirs values (2)")
+    pages = connection.pragma("page_count")
+    connection.pragma("max_page_count", pages + 2)
+
+    with pytest.raises(errors.StoreFullError):
+        store.join(connection).add(NOW, [task(id, body=b"x" * 3000) for id in range(1, 40)])
+
+    assert connection.in_transaction is begun
+    if begun:
+        connection.execute("rollback to mine; release mine; commit")
+        assert connection.execute("select x from theirs").fetchall() == [(1,)]
+    assert connection.execute("select count(*) from tasks").fetchall() == [(0,)]
+    connection.close()
+    store.close()
+
+
 def test_join_is_the_callers_transaction(tmp_path: Path) -> None:
     path = made(tmp_path)
     store = new_store(path)

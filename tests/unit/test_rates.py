@@ -86,6 +86,22 @@ def test_limited_backlog_isnt_claimed_from_in_every_turn_that_is_made_for_anothe
     assert len(set(town.times())) <= 150, "turns that claimed from it"
 
 
+@pytest.mark.parametrize(("rate", "size"), [(200, 2), (300, 3), (500, 5), (1_000, 10), (2_000, 20), (5_000, 50)])
+def test_backlog_has_nearly_all_of_its_rate_though_its_bucket_is_small_and_turns_are_slow(rate: int, size: int) -> None:
+    town = Town(
+        QueueConfig(name="default", rate=rate, bucket_size=size), QueueConfig(name="quick"), respond=lambda *_: QUICK
+    )
+    town.engine(look_ahead=256)
+    town.turn = 3_000
+    town.add(2 * rate + size + 10)
+    for _ in range(600):
+        town.run(1 / 300)
+        town.add(1, "quick")
+
+    assert beyond(town.times(), rate, size) <= 0
+    assert len(town.times()) >= 0.95 * (2 * rate + size)
+
+
 def test_queue_of_one_a_day_starts_one_a_day() -> None:
     town = Town(QueueConfig(name="default", rate=SECOND / DAY, bucket_size=2))
     town.engine()

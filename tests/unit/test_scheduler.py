@@ -307,6 +307,29 @@ def test_result_of_an_older_claim_counts_no_more() -> None:
     assert scheduler.in_flight == 1
 
 
+def test_task_that_is_claimed_again_is_in_flight_once() -> None:
+    """Its lease ran out unnoticed: the clock was set, say."""
+    scheduler = make()
+    commit(scheduler, claim(claims=NOW))
+    commit(scheduler, claim(claims=NOW + 1))
+
+    scheduler.finished(NOW, result(claim(claims=NOW + 1)))
+
+    assert (scheduler.in_flight, scheduler.in_flight_by_base) == (0, {})
+
+
+def test_renewals_go_on_after_the_clock_was_set_back() -> None:
+    scheduler = make()
+    commit(scheduler, claim(1), now=NOW + 3600 * SECOND)
+    commit(scheduler, claim(2), now=NOW)
+    later = NOW + LEASE // 2
+    assert not scheduler.renewals(later), "the first waits for an hour, and holds up the second"
+
+    scheduler.recovered(NOW)
+
+    assert [outcome.id for outcome in scheduler.renewals(later)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("queue", "foreign", "at", "forfeited"),
     [
@@ -438,7 +461,7 @@ def test_full_queue_is_looked_at_when_a_fail_fast_task_is_due_and_after_a_hint()
 
     scheduler.looked_fast(NOW, ["default"], {"default": NOW + 7})
 
-    assert scheduler.fast_specs(NOW, ["default"]) == []
+    assert scheduler.fast_specs(NOW, ["default"], [], room(0)) == []
     assert scheduler.full(NOW, room(5)) == []
     assert scheduler.wake_at(NOW, room(5)) == NOW + 7
     assert scheduler.full(NOW + 7, room(5)) == ["default"]
@@ -497,14 +520,14 @@ def test_full_queue_where_nothing_is_due_at_all_is_not_looked_at() -> None:
 def test_full_and_fast_specs_change_no_state() -> None:
     scheduler = crowded()
 
-    again = [(scheduler.full(NOW, room(5)), scheduler.fast_specs(NOW, ["default"])) for _ in range(3)]
+    again = [(scheduler.full(NOW, room(5)), scheduler.fast_specs(NOW, ["default"], [], room(0))) for _ in range(3)]
 
-    assert again[0] == again[1] == again[2] == (["default"], scheduler.fast_specs(NOW, ["default"]))
+    assert again[0] == again[1] == again[2] == (["default"], scheduler.fast_specs(NOW, ["default"], [], room(0)))
 
 
 def test_what_fails_fast_spends_no_token_and_needs_one_to_be_there() -> None:
     scheduler = make(QueueConfig(name="default", rate=1.0, bucket_size=5))
-    specs = scheduler.fast_specs(NOW, scheduler.full(NOW, room(0)))
+    specs = scheduler.fast_specs(NOW, scheduler.full(NOW, room(0)), [], room(0))
     left = Limiter(bucket.spent(0, SECOND, 4, NOW), NOW + LEASE)
     none_left = Limiter(bucket.spent(0, SECOND, 5, NOW), NOW + LEASE)
 
@@ -514,16 +537,16 @@ def test_what_fails_fast_spends_no_token_and_needs_one_to_be_there() -> None:
     assert scheduler.admit(NOW, specs, {"default": none_left}) == []
     assert scheduler.admit(NOW, specs, {}) == []
     taken = [claim(id, fail_fast=1) for id in range(4)]
-    refused = scheduler.refusals(NOW, specs, taken, room(100))
+    refused = scheduler.refusals(NOW, specs, taken, room(0))
     assert scheduler.claimed(NOW, specs, taken, {}, {"default": left}, ["default"], refused) == []
     assert asked(scheduler.plan(NOW, room(9))) == {"default": 1}
 
 
 def test_what_doesnt_wait_for_a_slot_is_tried_again_after_its_backoff_and_uncharged() -> None:
     scheduler = crowded()
-    specs = scheduler.fast_specs(NOW, ["default"])
+    specs = scheduler.fast_specs(NOW, ["default"], [], room(0))
 
-    [outcome] = scheduler.refusals(NOW, specs, [claim(2, attempts=2, fail_fast=1, name="x")], room(100))
+    [outcome] = scheduler.refusals(NOW, specs, [claim(2, attempts=2, fail_fast=1, name="x")], room(0))
 
     assert outcome[:8] == (2, NOW, "default", Action.RETRY, NOW + SECOND // 5, False, 0, 0)
     assert outcome.reason == NO_SLOT
@@ -532,9 +555,9 @@ def test_what_doesnt_wait_for_a_slot_is_tried_again_after_its_backoff_and_unchar
 
 def test_what_doesnt_wait_for_a_slot_and_is_past_its_limits_is_given_up() -> None:
     scheduler = crowded(retry=RetryPolicy(retry_limit=1))
-    specs = scheduler.fast_specs(NOW, ["default"])
+    specs = scheduler.fast_specs(NOW, ["default"], [], room(0))
 
-    [outcome] = scheduler.refusals(NOW, specs, [claim(2, failures=2, fail_fast=1)], room(100))
+    [outcome] = scheduler.refusals(NOW, specs, [claim(2, failures=2, fail_fast=1)], room(0))
 
     assert outcome.action is Action.DEAD
 
@@ -554,7 +577,7 @@ def test_queue_that_gave_all_that_was_asked_is_looked_at_for_fail_fast_tasks_in_
     scheduler.looked_fast(NOW, ["a"], {"a": NOW + 1})
 
     assert scheduler.filled(NOW, specs, claims) == ["c"], "what is known isn't looked up again"
-    fast = scheduler.fast_specs(NOW, ["b"])
+    fast = scheduler.fast_specs(NOW, ["b"], [], room(0))
     assert scheduler.filled(NOW, fast, []) == ["b"]
     assert scheduler.drained(fast, []) == [], "what else is due there isn't known by it"
     before = scheduler.wake_at(NOW, room(1))

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferlib.core.model import MINUTE, SECOND, Delivery, Micros, QueueConfig
+from deferlib.core.model import MINUTE, SECOND, Delivery, Micros, NewTask, QueueConfig
 from deferlib.core.sharing import Sharing
+from deferlib.core.verdict import NO_SLOT
 from tests.unit.virtual_engines import Answer, Town
 
 HOG, QUIET = "hog", "quiet"
@@ -31,7 +32,7 @@ def sharing(**in_flight: int) -> Sharing:
         for _ in range(max(count, 1)):
             made.sent("a", queue, 0)
         if not count:
-            made.landed("a")
+            made.landed("a", queue)
     return made
 
 
@@ -53,18 +54,18 @@ def sharing(**in_flight: int) -> Sharing:
     ],
 )
 def test_queue_that_has_its_share_leaves_some(in_flight: dict[str, int], queue: str, free: int, share: int) -> None:
-    assert sharing(**in_flight).share("a", queue, in_flight.get(queue, 0), free) == share
-    assert sharing(**in_flight).share("another target", queue, 0, free) == free
+    assert sharing(**in_flight).share("a", queue, free) == share
+    assert sharing(**in_flight).share("another target", queue, free) == free
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 40), max_size=6), st.integers(0, 300))
 def test_some_queue_can_use_what_is_free_and_none_gets_more(in_flight: dict[str, int], free: int) -> None:
     shared = sharing(**in_flight)
 
-    shares = {queue: shared.share("a", queue, count, free) for queue, count in in_flight.items()}
+    shares = {queue: shared.share("a", queue, free) for queue in in_flight}
 
     assert all(0 <= share <= free for share in shares.values())
-    assert shared.share("a", "new", 0, free) >= min(free, 1), "who has nothing in flight may take what is left"
+    assert shared.share("a", "new", free) >= min(free, 1), "who has nothing in flight may take what is left"
     room = sum(in_flight.values()) + free
     kept = (room + 4) // 8
     for queue, share in shares.items():  # not less than an even share, nor less than all but the kept part
@@ -74,14 +75,14 @@ def test_some_queue_can_use_what_is_free_and_none_gets_more(in_flight: dict[str,
 def test_room_is_left_for_a_minute_after_somebody_used_some() -> None:
     shared = Sharing()
     shared.sent("a", QUIET, 0)
-    shared.landed("a")
+    shared.landed("a", QUIET)
     for _ in range(28):
         shared.sent("a", HOG, 30 * SECOND)
 
     shared.forget(59 * SECOND)
-    assert shared.share("a", HOG, 28, 4) == 0
+    assert shared.share("a", HOG, 4) == 0
     shared.forget(MINUTE)
-    assert shared.share("a", HOG, 28, 4) == 4
+    assert shared.share("a", HOG, 4) == 4
 
 
 def test_slow_tasks_of_one_queue_leave_slots_to_the_others_of_their_target() -> None:
@@ -118,3 +119,82 @@ def test_backlog_that_fills_the_line_leaves_places_in_it() -> None:
     delays = [start - at for start, at in zip(town.times(QUIET), added, strict=True)]
     assert max(delays[3:]) <= SECOND // 200, "a slot's next answer, and a turn"
     assert town.waiting(HOG) > 10_000, "there was a backlog all the time"
+
+
+@pytest.mark.parametrize("hogs", [1, 3, 8])
+def test_what_goes_to_other_targets_takes_nothing_of_a_queues_share(hogs: int) -> None:
+    """A queue of web hooks used half of their target, or a fraction of it, because it seemed to have had its share."""
+    town = Town(*[QueueConfig(name=name) for name in ("hooks", *"abcdefgh"[:hogs])], respond=_hooks_take_longer)
+    node = town.engine()
+    for name in "abcdefgh"[:hogs]:
+        town.add(9_000 // hogs, name)
+    town.run(3)
+    town.add(1_000, "hooks", target="hooks")
+
+    town.run(20)
+
+    assert node.free["http://hooks"] == 32, "in use"
+    assert len(town.times("hooks")) >= 300
+
+
+def test_queue_whose_other_calls_hang_elsewhere_is_served_at_its_target() -> None:
+    town = Town(*[QueueConfig(name=name) for name in ("mixed", *"abcdefgh")], respond=_hooks_take_longer)
+    town.engine()
+    town.add(32, "mixed", target="hang")
+    town.run(2)
+    for name in "abcdefgh":
+        town.add(5_000, name)
+    town.run(3)
+    town.add(20, "mixed")
+
+    town.run(10)
+
+    assert len(town.times("mixed", "http://app")) == 20
+
+
+def _hooks_take_longer(delivery: Delivery, now: Micros) -> Answer:
+    app = 1_000 if delivery.claim.queue == "mixed" else SECOND // 2 + delivery.claim.id * 7_919 % (SECOND // 2)
+    return Answer(took={"http://hooks": 2 * SECOND, "http://hang": 300 * SECOND}.get(delivery.base, app))
+
+
+def test_task_that_asks_to_fail_fast_takes_a_slot_that_is_left_to_others() -> None:
+    town = Town(QueueConfig(name=HOG), QueueConfig(name=QUIET), respond=_hog_takes_longer)
+    node = town.engine()
+    town.add(1, QUIET)
+    town.run(1)
+    town.add(100, HOG)
+    town.run(1)
+    assert node.free["http://app"] == 28, "in use"
+
+    for id, runs in ((1001, True), (1002, True), (1003, True), (1004, True), (1005, False)):
+        _add_fail_fast(town, id)
+        town.run(0.05)
+        assert any(start.id == id for start in town.starts) is runs
+    assert town.row(1005, HOG).reason == NO_SLOT
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_fail_fast_tasks_that_run_in_slots_left_to_others_spend_tokens(tokens: int) -> None:
+    config = QueueConfig(name=HOG, rate=0.001, bucket_size=28 + tokens)
+    town = Town(config, QueueConfig(name=QUIET), respond=_hog_takes_longer)
+    town.engine()
+    town.add(1, QUIET)
+    town.run(1)
+    town.add(28, HOG)
+    town.run(1)
+    for id in (1001, 1002, 1003):
+        _add_fail_fast(town, id)
+
+    town.run(15)
+
+    assert len(town.times(HOG)) == 28 + tokens
+
+
+def _hog_takes_longer(delivery: Delivery, now: Micros) -> Answer:
+    return Answer(took=20 * SECOND if delivery.claim.queue == HOG else SECOND // 100)
+
+
+def _add_fail_fast(town: Town, id: int) -> None:
+    fields = (None, "push", town.now, town.now, "POST", "/", "", "", "", "", "", 0, 1, b"", b"")
+    town.store.run(lambda tx: tx.add(town.now, [NewTask(id, id, HOG, *fields)]))
+    town.engines[0].engine.wake()
