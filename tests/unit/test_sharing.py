@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -124,7 +124,7 @@ def test_backlog_that_fills_the_line_leaves_places_in_it() -> None:
 @pytest.mark.parametrize("hogs", [1, 3, 8])
 def test_what_goes_to_other_targets_takes_nothing_of_a_queues_share(hogs: int) -> None:
     """A queue of web hooks used half of their target, or a fraction of it, because it seemed to have had its share."""
-    town = Town(*[QueueConfig(name=name) for name in ("hooks", *"abcdefgh"[:hogs])], respond=_hooks_take_longer)
+    town = Town(*[QueueConfig(name=name) for name in ("hooks", *"abcdefgh"[:hogs])], respond=_answers(SECOND // 10))
     node = town.engine()
     for name in "abcdefgh"[:hogs]:
         town.add(9_000 // hogs, name)
@@ -138,7 +138,7 @@ def test_what_goes_to_other_targets_takes_nothing_of_a_queues_share(hogs: int) -
 
 
 def test_queue_whose_other_calls_hang_elsewhere_is_served_at_its_target() -> None:
-    town = Town(*[QueueConfig(name=name) for name in ("mixed", *"abcdefgh")], respond=_hooks_take_longer)
+    town = Town(*[QueueConfig(name=name) for name in ("mixed", *"abcdefgh")], respond=_answers(SECOND // 2))
     town.engine()
     town.add(32, "mixed", target="hang")
     town.run(2)
@@ -152,9 +152,14 @@ def test_queue_whose_other_calls_hang_elsewhere_is_served_at_its_target() -> Non
     assert len(town.times("mixed", "http://app")) == 20
 
 
-def _hooks_take_longer(delivery: Delivery, now: Micros) -> Answer:
-    app = 1_000 if delivery.claim.queue == "mixed" else SECOND // 2 + delivery.claim.id * 7_919 % (SECOND // 2)
-    return Answer(took={"http://hooks": 2 * SECOND, "http://hang": 300 * SECOND}.get(delivery.base, app))
+def _answers(app: Micros) -> Callable[[Delivery, Micros], Answer]:
+    """Return targets of which the app takes from *app* to twice that long, and others longer."""
+
+    def respond(delivery: Delivery, now: Micros) -> Answer:
+        took = 1_000 if delivery.claim.queue == "mixed" else app + delivery.claim.id * 7_919 % app
+        return Answer(took={"http://hooks": 2 * SECOND, "http://hang": 300 * SECOND}.get(delivery.base, took))
+
+    return respond
 
 
 def test_task_that_asks_to_fail_fast_takes_a_slot_that_is_left_to_others() -> None:
