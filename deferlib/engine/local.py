@@ -12,6 +12,7 @@ import os
 import select
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
@@ -39,6 +40,7 @@ _MAX_LOOKAHEAD = 256
 _MAX_WAIT_SECONDS = 60.0
 _GATHER = 2  # milliseconds to gather results in, and that
 _GATHERS = 5  # times at most
+_SHORTEN = 0.02  # seconds: a wake shortens that once in so long, because where tasks add tasks each of them wakes
 _BATCH = 96  # results that are enough for a transaction
 
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -69,6 +71,7 @@ class LocalTransport:
         self._poll = select.poll()
         self._poll.register(self._waker.fileno(), select.POLLIN)
         self._woken = False  # by somebody else than the pool's threads
+        self._shortened_at = 0.0  # when a wake has last ended the gathering of results
         self._closed = False
         for number in range(self._threads):
             threading.Thread(target=self._work, name=f"deferlib-{number}", daemon=True).start()
@@ -154,10 +157,11 @@ class LocalTransport:
         for _ in range(_GATHERS):
             if not 0 < len(self._done) < _BATCH or self._inbox.qsize() <= self._threads:
                 break
+            if self._woken and time.monotonic() - self._shortened_at >= _SHORTEN:
+                self._shortened_at = time.monotonic()
+                break
             self._poll.poll(_GATHER)
             self._waker.clear()
-            if self._woken:  # not sooner: where tasks add tasks, each of them wakes
-                break
         self._woken = False
 
     def wake(self) -> None:
