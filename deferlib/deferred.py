@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from datetime import datetime
 from http import HTTPStatus
+from time import perf_counter_ns
 from typing import Any, NamedTuple, ParamSpec, TypeAlias
 
-from deferlib import attempt, config, context, inbound, payload, tracing
+from deferlib import attempt, batch, config, context, inbound, payload, token, tracing
 from deferlib.context import Dispatch
 from deferlib.core.model import repr_without
 from deferlib.errors import (
@@ -326,12 +327,46 @@ class Handler:
         text = checkup.answer(environ.get("SERVER_SOFTWARE") or "", threads=threads, processes=processes)
         return attempt.Answer(HTTPStatus.OK, "ok", text)
 
+    def _batch(self, environ: dict[str, Any]) -> Response:
+        """Run the calls of a request that carries several, one after the other; each as if it had come alone."""
+        runtime = config.runtime()
+        clock = runtime.clock
+        try:
+            url, sent, parts = inbound.recognise_batch(environ, runtime)
+        except TokenError as error:
+            return attempt.refuse(error).response
+        answers: list[batch.Told | None] = []
+        began = now = clock.now()
+        for part in parts:
+            if now - began > batch.PATIENCE:  # the others have waited long enough for those before them
+                answers.append(None)
+                continue
+            dispatch = part.dispatch(url, sent + now - began, clock)
+            alone = inbound.alone(environ, part, dispatch)
+            body, status, headers = copy_context().run(self._attempt, dispatch, alone)
+            ended = clock.now()
+            answers.append(batch.Told(status, _outcome(headers), ended - now, body))
+            now = ended
+        return attempt.Answer(HTTPStatus.OK, batch.OUTCOME, batch.tell(answers)).response
+
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]
     ) -> Iterable[bytes]:
-        body, status, headers = self.post(environ)
+        # Not where something that has looked at the request stands around the handler, or an override around each call.
+        mounted = context.ENVIRON_KEY not in environ and type(self).post is Handler.post
+        if mounted and environ["REQUEST_METHOD"] == "POST" and inbound.is_batch(environ):
+            body, status, headers = self._batch(environ)
+        else:
+            began = perf_counter_ns()
+            body, status, headers = self.post(environ)
+            if mounted and context.ENVIRON_KEY in environ:  # an engine's, as its token has proved
+                headers = [*headers, (token.TOOK, str((perf_counter_ns() - began) // 1000))]
         start_response("200 OK" if status == 200 else f"{status:d} {HTTPStatus(status).phrase}", headers)
         return [body.encode()]
+
+
+def _outcome(headers: Iterable[tuple[str, str]]) -> str:
+    return next((value for name, value in headers if name.lower() == "x-deferlib-outcome"), "")
 
 
 def _take() -> None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from deferlib import config, token
+from deferlib.batch import Batch, Part, unpack
 from deferlib.config import Runtime
 from deferlib.context import ENVIRON_KEY, Dispatch
 from deferlib.errors import BodyTooLongError
@@ -126,6 +127,42 @@ def recognise(environ: Environ, runtime: Runtime) -> Dispatch | None:
     )
     environ[ENVIRON_KEY] = dispatch
     return dispatch
+
+
+def is_batch(environ: Environ) -> bool:
+    """Tell whether a request, which nobody has looked at, says that it carries several calls."""
+    return token.is_batch(environ.get(_SIGNATURE_KEY) or "")
+
+
+def recognise_batch(environ: Environ, runtime: Runtime) -> Batch:
+    """Do what `recognise` does for a request with several calls; `TokenError` for anybody's but an engine's."""
+    signature = environ.get(_SIGNATURE_KEY) or ""
+    _clean(environ)
+    vouched = token.verify_batch(runtime.ring, runtime.clock, signature)
+    body = read_body(environ)
+    url, sent = vouched.request(
+        path=decoded(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")),
+        query=environ.get("QUERY_STRING", ""),
+        body=body,
+        prefix=runtime.settings["prefix"],
+    )
+    return Batch(url, sent, unpack(body))
+
+
+def alone(environ: Environ, part: Part, dispatch: Dispatch) -> Environ:
+    """Return the environ that a call of a batch would have had in a request of its own, once that was recognised."""
+    own: Environ = {
+        **environ,
+        "CONTENT_TYPE": "application/octet-stream",
+        "CONTENT_LENGTH": str(len(part.body)),
+        "wsgi.input": io.BytesIO(part.body),
+        BODY_KEY: part.body,
+        ENVIRON_KEY: dispatch,
+    }
+    for name, value in part.headers:
+        key = name.upper().replace("-", "_")
+        own[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
+    return own
 
 
 def read_body(environ: Environ) -> bytes:

@@ -37,6 +37,7 @@ BOUND = 1  # flag: the signature covers the task's id, name, queue, url and name
 BY_VALUE = 2  # flag: a pickle carries code, which only the same minor version of Python can load
 
 _HEAD = struct.Struct(">3sBBBBBB8sQ5H")
+_LENGTHS = struct.Struct(">5H")  # the end of a head
 _SIGNATURE = 32
 _LENGTH = struct.Struct(">I")
 _PROTOCOL = 5  # not the highest: what a newer Python defers, an older one beside it may have to run
@@ -363,6 +364,13 @@ def pickles_of(envelope: Envelope) -> tuple[bytes, bytes]:
 def is_envelope(data: bytes) -> bool:
     """Tell whether *data* looks like a call, genuine or not."""
     return data.startswith(MAGIC)
+
+
+def label_bytes(data: bytes) -> bytes:
+    """Return what an envelope calls, as it stands there; of what isn't whole, some of its bytes."""
+    *others, length = _LENGTHS.unpack_from(data, _HEAD.size - _LENGTHS.size) if len(data) >= _HEAD.size else (0, 0)
+    end = _HEAD.size + sum(others) + length
+    return data[end - length : end]
 
 
 def describe(data: bytes) -> str:

@@ -158,6 +158,7 @@ SETTINGS: Mapping[str, _Kind] = {
     "key": _Kind(_keys, None, "signing keys of at least 16 bytes, separated by commas", secret=True),
     "queues": _Kind(_path, None, "the path of a queue.yaml"),
     "concurrency": _Kind(_whole(1, 10_000), None, "a whole number from 1 to 10000"),
+    "batch": _Kind(_whole(1, 1_000), 32, "a whole number from 1 to 1000"),
     "app": _Kind(_url, DEFAULT_APP, "http://HOST[:PORT][/PATH]"),
     "targets": _Kind(
         _targets,

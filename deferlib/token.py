@@ -25,8 +25,11 @@ from deferlib.keys import Keyring, mac
 
 HEADER = "X-Deferlib-Signature"
 OUTCOME = "X-Deferlib-Outcome"
+TOOK = "X-Deferlib-Took"  # microseconds; a handler that tells takes batches, too
 SKEW: Micros = 10 * MINUTE
 MAX_LENGTH = 16_384
+_ONE = "v1."  # one attempt's
+_BATCH = "b1."  # several attempts', which those who know none refuse
 _LONG_QUERY = 200  # longer ones are vouched for by digest: servers take 8 KB of headers, some less
 
 _ENCODED_SLASH = re.compile("%2F", re.IGNORECASE)
@@ -50,7 +53,7 @@ def sign(
         f'{_place(task.queue, task.namespace)},"a":{task.attempt},"x":{task.execution_count},"e":{task.eta_micros},'
         f'"f":{task.fence},"t":{now},"l":{deadline},"h":{_encode(dispatch.headers)}}}'
     )
-    text = f"v1.{key.id.hex()}.{_b64(vouched.encode())}"
+    text = f"{_ONE}{key.id.hex()}.{_b64(vouched.encode())}"
     return f"{text}.{_b64(mac(key.dispatch, text.encode()))}"
 
 
@@ -72,8 +75,24 @@ def _query_claims(query: str) -> dict[str, str]:
     return {"q": "", "r": hashlib.sha256(query.encode("utf-8", "replace")).hexdigest()}
 
 
-class Vouched:
-    """A token whose signature and time hold; `dispatch` compares it with the request it came with."""
+def sign_batch(ring: Keyring, now: Micros, *, url: str, body: bytes, deadline: Micros, base_path: str = "") -> str:
+    """Return the token for one POST to *url* with several deferred calls in *body*, which says all else of them.
+
+    *deadline* is the longest of theirs.
+    """
+    key = ring.signing
+    vouched = f'{{{_request("POST", base_path, url)},"b":"{hashlib.sha256(body).hexdigest()}","t":{now},"l":{deadline}}}'
+    text = f"{_BATCH}{key.id.hex()}.{_b64(vouched.encode())}"
+    return f"{text}.{_b64(mac(key.dispatch, text.encode()))}"
+
+
+def is_batch(token: str) -> bool:
+    """Tell whether *token* says that it is a batch's."""
+    return token.startswith(_BATCH)
+
+
+class _Claims:
+    """What a token says, whose signature and time hold; to be compared with the request that it came with."""
 
     __slots__ = ("_claims", "_clock")
 
@@ -81,8 +100,8 @@ class Vouched:
         self._claims = claims
         self._clock = clock
 
-    def dispatch(self, *, method: str, path: str, query: str, body: bytes, prefix: str = "", inner: str = "") -> Dispatch:
-        """Return what the engine vouches for if the request is the one it made; `TokenError` if not.
+    def _check(self, method: str, path: str, query: str, body: bytes, prefix: str, inner: str) -> None:
+        """Raise `TokenError` unless the request is the one that the engine made.
 
         *path* is decoded, SCRIPT_NAME included; *prefix* is what a proxy strips from it on the way, *inner* the path as it
         was before the server put its own root path before it, if it did.
@@ -98,6 +117,21 @@ class Vouched:
             raise TokenMismatchError("the token is for another query")
         if not hmac.compare_digest(hashlib.sha256(body).hexdigest(), claims["b"]):
             raise TokenMismatchError("the token is for another body")
+
+
+class Vouched(_Claims):
+    """A token of one attempt."""
+
+    __slots__ = ()
+
+    def dispatch(self, *, method: str, path: str, query: str, body: bytes, prefix: str = "", inner: str = "") -> Dispatch:
+        """Return what the engine vouches for if the request is the one it made; `TokenError` if not.
+
+        *path* is decoded, SCRIPT_NAME included; *prefix* is what a proxy strips from it on the way, *inner* the path as it
+        was before the server put its own root path before it, if it did.
+        """
+        self._check(method, path, query, body, prefix, inner)
+        claims = self._claims
         context = TaskContext(
             id=int(claims["i"]),
             user_name=claims["n"],
@@ -114,14 +148,40 @@ class Vouched:
         return Dispatch(context, claims["h"])
 
 
+class VouchedBatch(_Claims):
+    """A token of several attempts in one request."""
+
+    __slots__ = ()
+
+    def request(
+        self, *, path: str, query: str, body: bytes, prefix: str = "", inner: str = ""
+    ) -> tuple[str, Micros]:  # fmt: skip
+        """Return the tasks' URL, and when the engine made the request; `TokenError` if it made another one.
+
+        The arguments are those of `Vouched.dispatch`.
+        """
+        self._check("POST", path, query, body, prefix, inner)
+        return self._claims["u"] + query, int(self._claims["t"])
+
+
 def verify(ring: Keyring, clock: Clock, token: str) -> Vouched:
     """Check signature and time of *token*, before anything of the request's body is read; `TokenError` if they fail."""
+    return Vouched(_opened(ring, clock, token, _ONE), clock)
+
+
+def verify_batch(ring: Keyring, clock: Clock, token: str) -> VouchedBatch:
+    """Do what `verify` does, for the token of a batch."""
+    return VouchedBatch(_opened(ring, clock, token, _BATCH), clock)
+
+
+def _opened(ring: Keyring, clock: Clock, token: str, version: str) -> Mapping[str, Any]:
+    """Return what a genuine *token* of *version* says."""
     if len(token) > MAX_LENGTH or not token.isascii():
         raise TokenError("the token is too long or not ASCII")
-    version, *parts = token.split(".")
-    if version != "v1" or len(parts) != 3:
+    parts = token.split(".")
+    if not token.startswith(version) or len(parts) != 4:
         raise TokenError("the token has an unknown format")
-    key_hex, payload, signature = parts
+    _, key_hex, payload, signature = parts
     try:
         key_id = bytes.fromhex(key_hex)
     except ValueError:
@@ -139,7 +199,8 @@ def verify(ring: Keyring, clock: Clock, token: str) -> Vouched:
     now = clock.now()
     if not claims["t"] - SKEW <= now <= claims["t"] + claims["l"] + SKEW:
         raise TokenError("the token has expired, or the clocks differ by more than ten minutes")
-    return Vouched(claims, clock)
+    said: Mapping[str, Any] = claims
+    return said
 
 
 def _b64(data: bytes) -> str:

@@ -15,7 +15,7 @@ LAYERS = [
     {"core"},
     {"clock", "disassembly", "limits", "outbound", "owners", "secret_names", "targets"},
     {"context", "keys", "moved", "namespaces", "ids", "queue_fields", "queue_yaml", "task_logs", "tracing"},
-    {"payload", "token", "store"},
+    {"batch", "payload", "token", "store"},
     {"settings", "queue_rows"},
     {"config", "call_text"},
     {"deadline"},

@@ -22,6 +22,7 @@ FLAGS = {
     "app": "--app-url",
     "targets": "--target",
     "concurrency": "--concurrency",
+    "batch": "--batch",
     "lease": "--lease",
     "grace": "--grace",
     "port": "--port",
@@ -34,6 +35,10 @@ _HELP = {
     "concurrency": (
         "N",
         "calls at once: requests per target (default: 32), or threads of an engine that calls the app itself (cores + 4)",
+    ),
+    "batch": (
+        "N",
+        "quick deferred calls in one request at most, for an engine that pushes; 1: none together (default: 32)",
     ),
     "lease": ("SECONDS", "how long a task stays claimed if the engine dies (default: 30)"),
     "grace": ("SECONDS", "how long running calls may go on after SIGTERM (default: 25)"),

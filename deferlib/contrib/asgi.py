@@ -14,11 +14,13 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from functools import partial
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from time import perf_counter_ns
+from typing import Any, TypeAlias, TypedDict
 
 from deferlib import attempt as attempts
-from deferlib import config, deadline, deferred, inbound, namespaces, payload, task_logs, token, tracing
+from deferlib import batch, config, deadline, deferred, inbound, namespaces, payload, task_logs, token, tracing
 from deferlib.access import ADMIN_KEY, Access, is_at_this_machine
+from deferlib.config import Runtime
 from deferlib.context import ENVIRON_KEY, Dispatch, call_taken, request_host, running
 from deferlib.contrib.outside import outside
 from deferlib.errors import DeadlineExceededError, TokenError
@@ -71,7 +73,10 @@ class Middleware:
         deferred_call = _split_path(scope)[1] == deferred.DEFAULT_URL
         if deferred_call and scope["method"] not in ("GET", "POST"):
             return await _respond(send, attempts.WRONG_METHOD)
+        mounted = deferred_call and ENVIRON_KEY not in scope  # nothing that has looked at it stands around this
         try:
+            if mounted and scope["method"] == "POST" and token.is_batch(_header(scope, _SIGNATURE)):
+                return await _respond(send, await _perform_batch(scope, body))
             dispatch = await _identify(scope, body)
             if dispatch is not None:
                 tracing.receive(_header(scope, tracing.PARENT), _header(scope, tracing.STATE))
@@ -80,7 +85,10 @@ class Middleware:
             if deferred_call:
                 if dispatch is None:
                     return await _respond(send, attempts.FORBIDDEN)
-                return await _respond(send, await perform(dispatch, await body.read(scope["headers"])))
+                began = perf_counter_ns()
+                answer = await perform(dispatch, await body.read(scope["headers"]))
+                took = (perf_counter_ns() - began) // 1000 if mounted else None
+                return await _respond(send, answer, took)
         except TokenError as error:
             return await _respond(send, attempts.refuse(error))
         if dispatch is None:
@@ -236,6 +244,31 @@ async def perform(dispatch: Dispatch, data: bytes) -> attempts.Answer:
     return attempt.answer
 
 
+async def _perform_batch(scope: Scope, body: _Body) -> attempts.Answer:
+    """Run the calls of a request that carries several, one after the other; each as if it had come alone.
+
+    `TokenError` if no engine has made it.
+    """
+    runtime = config.runtime()
+    clock = runtime.clock
+    vouched = token.verify_batch(runtime.ring, clock, _clean(scope))
+    data = await body.read(scope["headers"])
+    url, sent = vouched.request(body=data, **_place(scope, runtime))
+    answers: list[batch.Told | None] = []
+    began = now = clock.now()
+    for part in batch.unpack(data):
+        if now - began > batch.PATIENCE:  # the others have waited long enough for those before them
+            answers.append(None)
+            continue
+        headers = {name.lower(): value for name, value in part.headers}
+        tracing.receive(headers.get(tracing.PARENT), headers.get(tracing.STATE, ""))
+        answer = await perform(part.dispatch(url, sent + now - began, clock), part.body)
+        ended = clock.now()
+        answers.append(batch.Told(answer.status, answer.outcome, ended - now, answer.body))
+        now = ended
+    return attempts.Answer(HTTPStatus.OK, batch.OUTCOME, batch.tell(answers))
+
+
 def _checkup(dispatch: Dispatch | None) -> attempts.Answer:
     """Tell `deferlib doctor` about this process, and anybody else that calls come by POST."""
     from deferlib import checkup
@@ -259,17 +292,28 @@ async def _identify(scope: Scope, body: _Body) -> Dispatch | None:
         return None
     runtime = config.runtime()
     vouched = token.verify(runtime.ring, runtime.clock, signature)
-    dispatch = vouched.dispatch(
-        method=scope["method"],
-        path="".join(_split_path(scope)),
-        inner=_split_path(scope)[1],  # uvicorn's --root-path stands before every path, whoever sent it
-        query=scope.get("query_string", b"").decode("latin-1"),
-        body=await body.read(scope["headers"]),
-        prefix=runtime.settings["prefix"],
-    )
+    data = await body.read(scope["headers"])
+    dispatch = vouched.dispatch(method=scope["method"], body=data, **_place(scope, runtime))
     scope[ENVIRON_KEY] = dispatch
     _tell(scope, dispatch)
     return dispatch
+
+
+class _Place(TypedDict):
+    path: str
+    inner: str
+    query: str
+    prefix: str
+
+
+def _place(scope: Scope, runtime: Runtime) -> _Place:
+    """Return where a request goes, as a token is compared with it."""
+    return {
+        "path": "".join(_split_path(scope)),
+        "inner": _split_path(scope)[1],  # uvicorn's --root-path stands before every path, whoever sent it
+        "query": scope.get("query_string", b"").decode("latin-1"),
+        "prefix": runtime.settings["prefix"],
+    }
 
 
 class _Body:
@@ -353,7 +397,9 @@ def _split_path(scope: Scope) -> tuple[str, str]:
     return root, path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
-async def _respond(send: Send, answer: attempts.Answer) -> None:
+async def _respond(send: Send, answer: attempts.Answer, took: int | None = None) -> None:
     headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers]
+    if took is not None:
+        headers.append((token.TOOK.lower().encode(), str(took).encode()))
     await send({"type": "http.response.start", "status": int(answer.status), "headers": headers})
     await send({"type": "http.response.body", "body": answer.body.encode()})

@@ -359,6 +359,7 @@ class Result(NamedTuple):
     outcome: str = ""  # the answer's X-Deferlib-Outcome
     error: str = ""  # for people: at most 500 characters
     retry_after: Micros = 0  # how long the answer asks to wait
+    echo: bool = False  # says nothing of its target that another result of the same request hasn't said
 
 
 class Delivery(NamedTuple):

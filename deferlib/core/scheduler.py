@@ -461,7 +461,7 @@ class Scheduler:
         queue = self._queues.get(flight.claim.queue)
         if result.kind is Kind.ANSWERED and _has_its_own(flight.claim):
             self._crowding.answered(flight.base, result.ended - result.started)
-        if result.outcome != "ok" or self._health:
+        if (result.outcome != "ok" or self._health) and not result.echo:
             self._learn(now, flight, queue, result)
         config = queue.config if queue is not None else QueueConfig(name=flight.claim.queue)
         after = self._rules.quarantine_after

@@ -85,7 +85,7 @@ def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:
             bridge.start()
             app = bridge
         return LocalTransport(cast("WsgiApp", app), runtime.clock, threads=concurrency)
-    from deferlib.engine.dispatch import signer
+    from deferlib.engine.dispatch import batch_signer, signer
     from deferlib.engine.http import HttpTransport
 
     return HttpTransport(
@@ -93,4 +93,6 @@ def _transport(runtime: Runtime, app: WsgiApp | AsgiApp | None) -> Transport:
         runtime.clock,
         concurrency=concurrency or CONCURRENCY,
         covers=(runtime.settings["allow_urls"] or NOWHERE).covers,
+        prepare_batch=batch_signer(runtime.ring),
+        batch=runtime.settings["batch"],
     )

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TypeVar, overload
 from urllib.parse import urlsplit
 
-from deferlib import outbound, token
+from deferlib import batch, outbound, token
 from deferlib.clock import Clock
-from deferlib.context import Dispatch, TaskContext
-from deferlib.core.model import SECOND, Claim, Delivery, Micros
+from deferlib.context import DEFAULT_NAMESPACE, Dispatch, LazyHeaders, TaskContext, platform_headers
+from deferlib.core.model import Claim, Delivery, Micros
 from deferlib.engine.transport import Request
 from deferlib.errors import InvalidUrlError
 from deferlib.keys import Keyring
 from deferlib.payload import is_envelope
-
-T = TypeVar("T")
 
 _OCTETS = "Content-Type: application/octet-stream"
 _HOP_HEADERS = frozenset(
@@ -27,15 +24,16 @@ _HOP_HEADERS = frozenset(
         "transfer-encoding", "trailer", "expect", "upgrade", "te",
     }
 )  # fmt: skip
-_DEFAULT_NAMESPACE = "X-AppEngine-Default-Namespace"
-_NOT_THE_USERS = _HOP_HEADERS | {_DEFAULT_NAMESPACE.lower()}
+_NOT_THE_USERS = _HOP_HEADERS | {DEFAULT_NAMESPACE.lower()}
 _REASON_LENGTH = 200
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
 def vouch(delivery: Delivery, now: Micros, clock: Clock) -> Dispatch:
     """Return what is true of *delivery*, begun at *now*, for an app in this process."""
-    return Dispatch(_context(delivery, now, clock), _Vouched(delivery.claim))
+    claim = delivery.claim
+    context = _context(delivery, now, clock)
+    return Dispatch(context, LazyHeaders(lambda: _headers(context, claim), _default_namespace(claim.headers)))
 
 
 def _context(delivery: Delivery, now: Micros, clock: Clock) -> TaskContext:
@@ -55,50 +53,9 @@ def _context(delivery: Delivery, now: Micros, clock: Clock) -> TaskContext:
     )
 
 
-class _Vouched(Mapping[str, str]):
-    """App Engine's headers of an attempt, made when somebody asks: in process, where calls ask for none (2 µs)."""
-
-    __slots__ = ("_claim", "_made")
-
-    def __init__(self, claim: Claim) -> None:
-        self._claim = claim
-        self._made: dict[str, str] | None = None
-
-    def _all(self) -> dict[str, str]:
-        if self._made is None:
-            self._made = _headers(self._claim)
-        return self._made
-
-    def __getitem__(self, name: str) -> str:
-        return self._all()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    @overload
-    def get(self, name: str) -> str | None: ...
-    @overload
-    def get(self, name: str, default: T) -> str | T: ...
-    def get(self, name: str, default: object = None) -> object:
-        if name == _DEFAULT_NAMESPACE:  # the one that every call asks for
-            value = _default_namespace(self._claim.headers)
-            return default if value is None else value
-        return self._all().get(name, default)
-
-
-def _headers(claim: Claim) -> dict[str, str]:
+def _headers(task: TaskContext, claim: Claim) -> dict[str, str]:
     """Return App Engine's headers of an attempt."""
-    headers = {
-        "X-AppEngine-QueueName": claim.queue,
-        "X-AppEngine-TaskName": claim.name or str(claim.id),
-        "X-AppEngine-TaskRetryCount": str(claim.attempts - 1),
-        "X-AppEngine-TaskExecutionCount": str(claim.executions),
-        "X-AppEngine-TaskETA": str(claim.eta / SECOND),
-        "X-AppEngine-Current-Namespace": claim.namespace,
-    }
+    headers = platform_headers(task)
     if claim.status:
         headers["X-AppEngine-TaskPreviousResponse"] = str(claim.status)
     if claim.reason and claim.attempts > 1:
@@ -107,7 +64,7 @@ def _headers(claim: Claim) -> dict[str, str]:
         headers["X-AppEngine-FailFast"] = "true"
     namespace = _default_namespace(claim.headers)
     if namespace is not None:
-        headers[_DEFAULT_NAMESPACE] = namespace
+        headers[DEFAULT_NAMESPACE] = namespace
     return headers
 
 
@@ -130,10 +87,15 @@ def joined_headers(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(joined.values())
 
 
+def has_default_namespace(text: str) -> bool:
+    """Tell whether the headers in *text* hold the default namespace of a request."""
+    return bool(text) and _default_namespace(text) is not None
+
+
 @lru_cache(256)
 def _default_namespace(text: str) -> str | None:
     """Return the default namespace of the request that added the task, kept among the headers in *text*."""
-    found = [value for name, value in _given(text) if _folded(name) == _DEFAULT_NAMESPACE.lower()]
+    found = [value for name, value in _given(text) if _folded(name) == DEFAULT_NAMESPACE.lower()]
     return found[-1] if found else None
 
 
@@ -158,6 +120,26 @@ def _line(name: str, value: str) -> str:
     return f"{name}: {value}" if value else f"{name};"  # libcurl drops "Name:", and sends an empty header for "Name;"
 
 
+@lru_cache(256)
+def _joined_text(text: str) -> str:
+    return json.dumps(joined_headers(text), separators=(",", ":"))
+
+
+def batch_signer(ring: Keyring) -> Callable[[Sequence[Delivery], Micros], Request]:
+    """Return the function that builds the one request of several deferred calls to the same target and URL."""
+
+    def build(deliveries: Sequence[Delivery], now: Micros) -> Request:
+        first = deliveries[0]
+        url = first.claim.url
+        body = batch.pack((delivery, _joined_text(delivery.claim.headers)) for delivery in deliveries)
+        longest = max(delivery.deadline for delivery in deliveries)
+        path = urlsplit(first.base).path
+        signature = token.sign_batch(ring, now, url=url, body=body, deadline=longest, base_path=path)
+        return Request("POST", first.base + url, [_OCTETS, "User-Agent: deferlib", f"{token.HEADER}: {signature}"], body)
+
+    return build
+
+
 def signer(ring: Keyring, clock: Clock) -> Callable[[Delivery, Micros], Request]:
     """Return the function that builds the HTTP request of a delivery at the moment it is sent, signed for an app.
 
@@ -167,7 +149,8 @@ def signer(ring: Keyring, clock: Clock) -> Callable[[Delivery, Micros], Request]
 
     def build(delivery: Delivery, now: Micros) -> Request:
         claim = delivery.claim
-        dispatch = Dispatch(_context(delivery, now, clock), _headers(claim))
+        context = _context(delivery, now, clock)
+        dispatch = Dispatch(context, _headers(context, claim))
         lines = [_line(name, value) for name, value in dispatch.headers.items()]
         lines += _user_lines(claim.headers, bool(claim.body))
         if not claim.url.startswith("/"):

@@ -13,13 +13,17 @@ import select
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 import pycurl
 
+from deferlib.batch import PATIENCE, Told, told
 from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
+from deferlib.engine.batching import BYTES, Batching
 from deferlib.engine.lines import Lines
 from deferlib.engine.transport import ERROR_LENGTH, Request
 
@@ -40,31 +44,59 @@ _STOP = -1  # from a libcurl callback: end this transfer
 
 # What can't be printed, or would reorder the line it is printed in.
 _CONTROL = re.compile(r"[\x00-\x20\x7f-\xa0\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+_REFUSALS = (UNTRUSTED.encode(), MISMATCHED.encode())
 _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
 
 
 class Target:
     """A base URL: its slots, and what waits for them."""
 
-    __slots__ = ("free", "lines", "name", "pace", "waiting")
+    __slots__ = ("batching", "free", "lines", "name", "pace", "waiting")
 
-    def __init__(self, base: str, concurrency: int) -> None:
+    def __init__(self, base: str, concurrency: int, batching: Batching) -> None:
         scheme, _, rest = base.partition("://")
         self.name = f"{scheme}://{rest.rpartition('@')[2]}"  # for people: without a password
         self.free = concurrency
         self.lines = Lines()
         self.waiting = 0  # deliveries in them
-        self.pace: Micros = FIRST_PACE  # moving average of how long an answer takes
+        self.pace: Micros = FIRST_PACE  # moving average of how long a slot is taken by a delivery
+        self.batching = batching
 
     def put(self, delivery: Delivery) -> None:
         """Let *delivery* wait for a slot."""
         self.lines.put(delivery)
         self.waiting += 1
 
+    def put_back(self, delivery: Delivery) -> None:
+        """Let *delivery*, which was taken and didn't start, wait before the others of its queue."""
+        self.lines.put_back(delivery)
+        self.waiting += 1
+
     def take(self) -> Delivery:
         """Return whose turn it is; only while something waits."""
         self.waiting -= 1
         return self.lines.take()
+
+    def take_together(self) -> list[Delivery]:
+        """Return whose turn it is, and what of the same queue goes with it in one request; only while something waits."""
+        first = self.take()
+        taken, batching = [first], self.batching
+        expected = batching.expected(first.claim) if self.waiting else None
+        if expected is None:
+            return taken
+        queue, size = first.claim.queue, len(first.claim.body)
+        most, time = batching.size(self.waiting, expected), expected
+        while len(taken) < most and (following := self.lines.peek(queue)) is not None:
+            expected = batching.expected(following.claim)
+            if expected is None:
+                break
+            time += expected
+            size += len(following.claim.body)
+            if time > batching.longest or size > BYTES:
+                break
+            taken.append(self.lines.follow(queue))
+            self.waiting -= 1
+        return taken
 
     def drop(self, fence: tuple[int, int]) -> None:
         """Forget what waits of this claim."""
@@ -88,14 +120,21 @@ class _Lent:
         self._socket.close()
 
 
+class Ending(NamedTuple):
+    """What came of a request."""
+
+    results: list[Result]
+    unsent: list[Delivery]  # didn't start, through no fault of anybody's: to be sent again
+
+
 class Exchange:
-    """An easy handle, reused, and the delivery it carries at present.
+    """An easy handle, reused, and the delivery that it carries at present, or several.
 
     With *covers* it is for absolute URLs: every address is judged when it is connected to, since a name can resolve to
     another one each time, and of an answer only the status counts, since it is no app's of ours.
     """
 
-    delivery: Delivery
+    deliveries: Sequence[Delivery]
     target: Target
     started: Micros
     stale: bool  # nothing was sent, because the connection to be reused was dead: start again
@@ -123,8 +162,8 @@ class Exchange:
         if covers is not None:
             self.handle.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open)
 
-    def load(self, target: Target, delivery: Delivery, now: Micros, request: Request) -> None:
-        """Get ready to carry *delivery* as *request*. Sets only what differs from the delivery before."""
+    def load(self, target: Target, deliveries: Sequence[Delivery], now: Micros, request: Request) -> None:
+        """Get ready to carry *deliveries* as *request*. Sets only what differs from the request before."""
         setopt = self.handle.setopt
         method, url, headers, body = request
         if url != self._url:
@@ -142,38 +181,109 @@ class Exchange:
         else:
             setopt(pycurl.HTTPGET, 1)
         setopt(pycurl.HTTPHEADER, _header_lines(headers))
-        deadline_ms = min(max(1, -(-delivery.deadline // 1000)), _LONGEST)  # 0 would be none at all
+        batch = len(deliveries) > 1
+        deadline = deliveries[0].deadline if not batch else max(each.deadline for each in deliveries) + PATIENCE
+        deadline_ms = min(max(1, -(-deadline // 1000)), _LONGEST)  # 0 would be none at all
         if deadline_ms != self._deadline_ms:
             setopt(pycurl.TIMEOUT_MS, deadline_ms)
             setopt(pycurl.CONNECTTIMEOUT_MS, min(self._connect_ms, deadline_ms))
             self._deadline_ms = deadline_ms
         self.target = target
-        self.delivery = delivery
+        self.deliveries = deliveries
+        self.cancelled: set[tuple[int, int]] = set()
         self.started = now
         self._sends = self._header_bytes = self._header_lines = 0
         self._outcome = self._text = b""
-        self._retry_after = ""
+        self._retry_after = self._took = ""
+        self._keeps = self._max_answer if batch else KEPT
         self._refused = self._barred = ""
         self._address: _Address = ()
         self._trailers = self.stale = False
         self._room = self._max_answer
 
-    def result(self, now: Micros, code: int, text: str) -> Result:
-        """Return what libcurl's *code* (0: an answer) means for the task."""
-        claim = self.delivery.claim
+    def end(self, now: Micros, code: int, text: str) -> Ending:
+        """Return what libcurl's *code* (0: an answer) means for the tasks."""
+        if len(self.deliveries) > 1:
+            ending = self._end_of_batch(now, code, text)
+        else:
+            ending = Ending([self._result(now, code, text)], [])
+        if not self.cancelled:
+            return ending
+        gone = self.cancelled
+        return Ending(
+            [result for result in ending.results if result[:2] not in gone],
+            [delivery for delivery in ending.unsent if delivery.claim[:2] not in gone],
+        )
+
+    def _result(self, now: Micros, code: int, text: str) -> Result:
+        claim = self.deliveries[0].claim
         if code == 0 or self._room < 0:
-            status = self.handle.getinfo(pycurl.RESPONSE_CODE)
-            if self._address:
-                self._keep()
+            status = self._answered()
             outcome = error = ""
             if self._outcome == b"ok" and 200 <= status <= 299:  # nearly always; saves 0.5 µs
                 outcome = "ok"
+                if self._took.isdecimal():
+                    self.target.batching.learn(now, claim, int(self._took[:12]))
             elif self.covers is None and _OUTCOME.match(self._outcome):
                 outcome, error = self._outcome.decode(), plain(self._text.decode(errors="replace"))
             wait = retry_after.parse(self._retry_after, now) if self._retry_after and status in retry_after.STATUSES else 0
             return Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error, wait)
         kind, error = self._failure(code, text)
         return Result(claim.id, claim.claims, kind, self.started, now, 0, "", error)
+
+    def _answered(self) -> int:
+        if self._address:
+            self._keep()
+        status: int = self.handle.getinfo(pycurl.RESPONSE_CODE)
+        return status
+
+    def _end_of_batch(self, now: Micros, code: int, text: str) -> Ending:
+        """Return what came of several calls: what each came to, or, if that isn't known, that it isn't.
+
+        Then none of them is charged, and each comes again by itself: only one of them may be at fault, or none.
+        """
+        kind = Kind.UNKNOWN
+        if code == 0 or self._room < 0:
+            status = self._answered()
+            if status == 200 and self._outcome == b"batch":
+                with suppress(ValueError):
+                    return self._told(now, told(self._text, len(self.deliveries)))
+            self.target.batching.refused(now)
+            if status == 403 and self._outcome in _REFUSALS:  # none of it was looked at
+                return Ending([], list(self.deliveries))
+            error = f"{self.target.name} answered a batch of calls with HTTP {status}"
+        else:
+            failure, error = self._failure(code, text)
+            if failure is Kind.UNREACHABLE:
+                kind = failure
+        # The target has failed once, not once for each of them.
+        results = [
+            Result(claim.id, claim.claims, kind, self.started, now, error=error, echo=number > 0)
+            for number, (claim, _, _) in enumerate(self.deliveries)
+        ]
+        return Ending(results, [])
+
+    def _told(self, now: Micros, answers: Sequence[Told | None]) -> Ending:
+        """Return what the answer to a batch says; each call ran when the one before it had ended."""
+        batching = self.target.batching
+        ending = Ending([], [])
+        ended = max(now - sum(answer.took for answer in answers if answer is not None), self.started)
+        for delivery, answer in zip(self.deliveries, answers, strict=True):
+            if answer is None:
+                ending.unsent.append(delivery)
+                continue
+            claim, started, ended = delivery.claim, ended, min(ended + answer.took, now)
+            if answer.outcome == "ok":
+                batching.learn(now, claim, answer.took)
+                result = Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, "ok")
+            else:
+                outcome = answer.outcome if _OUTCOME.match(answer.outcome.encode()) else ""
+                error = plain(answer.text) if outcome else ""
+                result = Result(
+                    claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, outcome, error
+                )  # fmt: skip
+            ending.results.append(result)
+        return ending
 
     def _keep(self) -> None:
         """Remember how to tell whether this connection, new a moment ago, has died since."""
@@ -269,6 +379,8 @@ class Exchange:
             pass
         elif line[0] in b"xX" and line[:19].lower() == b"x-deferlib-outcome:":
             self._outcome = line[19:].strip()
+        elif line[0] in b"xX" and line[:16].lower() == b"x-deferlib-took:":
+            self._took = line[16:].strip().decode("latin-1")
         elif line[0] in b"rR" and line[:12].lower() == b"retry-after:":
             self._retry_after = line[12:60].decode("latin-1")
         if self._header_bytes > HEADER_BYTES or self._header_lines > HEADER_LINES:
@@ -277,8 +389,8 @@ class Exchange:
         return None
 
     def _on_body(self, data: bytes) -> int | None:
-        if self._outcome and len(self._text) < KEPT:
-            self._text += data[:KEPT]
+        if self._outcome and len(self._text) < self._keeps:
+            self._text += data[: self._keeps]
         self._room -= len(data)
         return _STOP if self._room < 0 else None
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pycurl
 
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
+from deferlib.engine.batching import MOST, Batching
 from deferlib.engine.exchange import CONNECTIONS, Covers, Exchange, Kept, Target, authorities, plain
 from deferlib.engine.transport import Request
 from deferlib.engine.wake import IN, OUT, Waker, new_poller
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from deferlib.clock import Clock
 
 Prepare: TypeAlias = Callable[[Delivery, Micros], Request]
+PrepareBatch: TypeAlias = Callable[[Sequence[Delivery], Micros], Request]
 
 LOOK_AHEAD: Micros = 40_000  # how long a delivery may wait here for a slot
 MOST_AHEAD = 256
@@ -60,14 +62,20 @@ class HttpTransport:
         connect_timeout: float = 5.0,
         max_answer: int = 65_536,
         covers: Covers = NOWHERE.covers,
+        prepare_batch: PrepareBatch | None = None,
+        batch: int = MOST,
     ) -> None:
         self._prepare = prepare
+        self._prepare_batch = prepare_batch
+        self._batch = batch if prepare_batch is not None else 1
+        self._withdrawn = False
         self._clock = clock
         self._concurrency = concurrency
         self._limits = (max(1, round(connect_timeout * 1000)), max_answer)
         self._authorities = authorities()
         self._kept: Kept = {}
         self._targets: dict[str, Target] = {}
+        self._fresh: set[Target] = set()  # that have got something to start
         self._running: dict[Any, Exchange] = {}  # by easy handle
         self._covers = covers
         self._idle: list[Exchange] = []
@@ -103,10 +111,8 @@ class HttpTransport:
     def send(self, delivery: Delivery) -> None:
         """Start *delivery*, or let it wait for a slot of its target."""
         target = self._targets.get(delivery.base) or self._new_target(delivery.base)
-        if target.free > 0:
-            self._start(target, delivery)
-        else:
-            target.put(delivery)
+        target.put(delivery)
+        self._fresh.add(target)
 
     def results(self) -> Sequence[Result]:
         """Return and forget the results so far."""
@@ -122,22 +128,28 @@ class HttpTransport:
         for target in self._targets.values():
             target.drop(fence)
         self._results = [result for result in self._results if result[:2] != fence]
-        for exchange in [running for running in self._running.values() if running.delivery.claim[:2] == fence]:
-            self._end(exchange)
-            self._refill(exchange.target)
+        for exchange in list(self._running.values()):
+            if any(delivery.claim[:2] == fence for delivery in exchange.deliveries):
+                exchange.cancelled.add(fence)
+                if len(exchange.cancelled) == len(exchange.deliveries):  # nobody else waits for it
+                    self._end(exchange)
+                    self._refill(exchange.target)
 
     def withdraw(self) -> Sequence[Result]:
         """Take back what waits for a slot."""
+        self._withdrawn = True
         now = self._clock.now()
         results = []
         for target in self._targets.values():
             while target.waiting:
-                claim = target.take().claim
-                results.append(Result(claim.id, claim.claims, Kind.UNSENT, now, now, error=STOPPING))
+                results.append(_unsent(target.take(), now))
         return results
 
     def wait(self, until: Micros) -> None:
         """Work until there is a result, a wake, or the clock reaches *until*; take all that is ready by then."""
+        for target in self._fresh:
+            self._refill(target)
+        self._fresh.clear()
         self._call_if_due()
         while not self._results:
             patience = (until - self._clock.now()) / SECOND
@@ -182,32 +194,38 @@ class HttpTransport:
     def _new_target(self, base: str) -> Target:
         if len(self._targets) >= 1024:  # a template of targets can name any number
             self._targets = {key: kept for key, kept in self._targets.items() if kept.free < self._concurrency}
-        target = self._targets[base] = Target(base, self._concurrency)
+        target = self._targets[base] = Target(base, self._concurrency, Batching(self._batch))
         return target
 
-    def _start(self, target: Target, delivery: Delivery) -> None:
+    def _start(self, target: Target, deliveries: list[Delivery]) -> None:
         now = self._clock.now()
-        abroad = not delivery.claim.url.startswith("/")
+        abroad = not deliveries[0].claim.url.startswith("/")
         idle = self._idle_abroad if abroad else self._idle
         if idle:
             exchange = idle.pop()
         else:
             exchange = Exchange(*self._limits, self._authorities, self._kept, self._covers if abroad else None)
         try:
-            exchange.load(target, delivery, now, self._prepare(delivery, now))
+            exchange.load(target, deliveries, now, self._request(deliveries, now))
         except Exception as error:
             idle.append(exchange)
             text = plain(f"the request could not be made: {type(error).__name__}: {error}")
-            claim = delivery.claim
-            self._results.append(Result(claim.id, claim.claims, Kind.UNFIT, now, now, 0, "", text))
+            self._results += [
+                Result(claim.id, claim.claims, Kind.UNFIT, now, now, 0, "", text) for claim, _, _ in deliveries
+            ]
             return
         target.free -= 1
         self._running[exchange.handle] = exchange
         self._multi.add_handle(exchange.handle)  # sets the alarm to now
 
+    def _request(self, deliveries: list[Delivery], now: Micros) -> Request:
+        if len(deliveries) == 1 or self._prepare_batch is None:
+            return self._prepare(deliveries[0], now)
+        return self._prepare_batch(deliveries, now)
+
     def _refill(self, target: Target) -> None:
         while target.waiting and target.free > 0:
-            self._start(target, target.take())
+            self._start(target, target.take_together())
 
     def _end(self, exchange: Exchange) -> None:
         del self._running[exchange.handle]
@@ -261,13 +279,19 @@ class HttpTransport:
             self._multi.remove_handle(exchange.handle)  # closes the connection
             self._multi.add_handle(exchange.handle)
             return
-        result = exchange.result(now, code, text)
+        results, unsent = exchange.end(now, code, text)
         target = exchange.target
-        if result.kind is Kind.ANSWERED:
-            target.pace += (now - exchange.started - target.pace) // 32
-        else:
+        answered = sum(result.kind is Kind.ANSWERED for result in results)
+        if answered:
+            target.pace += ((now - exchange.started) // answered - target.pace) // 32
+        elif not unsent:
             target.pace = max(target.pace, NO_PACE)  # no look-ahead for a target in trouble
-        self._results.append(result)
+        self._results += results
+        for delivery in reversed(unsent):
+            if self._withdrawn:
+                self._results.append(_unsent(delivery, now))
+            else:
+                target.put_back(delivery)
         self._end(exchange)
         if target.waiting:
             self._refill(target)
@@ -289,6 +313,10 @@ class HttpTransport:
 
     def _alarm(self, milliseconds: int) -> None:
         self._due = _NEVER if milliseconds < 0 else time.monotonic() + milliseconds / 1000
+
+
+def _unsent(delivery: Delivery, now: Micros) -> Result:
+    return Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error=STOPPING)
 
 
 def _raise_file_limit() -> int:

@@ -29,6 +29,13 @@ class Lines:
 
     def put(self, delivery: Delivery) -> None:
         """Let *delivery* wait behind those of its queue."""
+        self._line(delivery).append(delivery)
+
+    def put_back(self, delivery: Delivery) -> None:
+        """Let *delivery* wait before those of its queue: it was taken, and didn't start."""
+        self._line(delivery).appendleft(delivery)
+
+    def _line(self, delivery: Delivery) -> deque[Delivery]:
         queue = delivery.claim.queue
         line = self._by_queue.get(queue)
         if line is None:
@@ -36,7 +43,7 @@ class Lines:
                 self._drop_empty()
             line = self._by_queue[queue] = deque()
             self._turns.appendleft(line)  # nothing of it has had a turn
-        line.append(delivery)
+        return line
 
     def take(self) -> Delivery:
         """Return whose turn it is. Only for who knows that something waits for it."""
@@ -49,6 +56,15 @@ class Lines:
                 return line.popleft()
             except IndexError:
                 continue
+
+    def peek(self, queue: str) -> Delivery | None:
+        """Return what comes next of *queue*."""
+        line = self._by_queue.get(queue)
+        return line[0] if line else None
+
+    def follow(self, queue: str) -> Delivery:
+        """Return what comes next of *queue*, out of turn: it goes with what was taken. Only where one thread takes."""
+        return self._by_queue[queue].popleft()
 
     def __iter__(self) -> Iterator[Delivery]:
         for line in self._by_queue.values():

@@ -95,7 +95,7 @@ class Gate:
 
 
 def test_answer_becomes_a_result(make: Make) -> None:
-    assert outcome_of(make())[5:] == (200, "", "", 0)
+    assert outcome_of(make())[5:] == (200, "", "", 0, False)
 
 
 def test_outcome_and_the_reason_of_a_failure_are_kept(make: Make) -> None:

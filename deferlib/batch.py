@@ -1,0 +1,137 @@
+"""Several deferred calls in one request: how an engine writes them down, and how a handler tells what became of each.
+
+A POST costs its engine and its server about 100 µs, whatever it carries: more than the calls of most tasks take. So calls
+that are known to be quick go together (`deferlib.engine.bundle` decides which). `docs/reference/formats.md` has the format.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from deferlib.clock import Clock
+from deferlib.context import Dispatch, LazyHeaders, TaskContext, platform_headers
+from deferlib.core.model import Delivery, Micros
+from deferlib.errors import TokenMismatchError
+
+OUTCOME = "batch"  # the X-Deferlib-Outcome of an answer to a batch
+PATIENCE: Micros = 50_000  # when a batch has taken so long, its handler begins no more of it
+
+_LENGTH = struct.Struct(">I")
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_FIELDS = 11
+
+
+class Part(NamedTuple):
+    """One call of a batch, as its handler gets it."""
+
+    id: int
+    name: str  # '' if the task has none
+    queue: str
+    namespace: str
+    attempt: int
+    executions: int
+    eta: Micros
+    fence: int
+    deadline: Micros  # how long the attempt may take
+    headers: Sequence[Sequence[str]]  # names and values that the task's adder set
+    body: bytes
+
+    def dispatch(self, url: str, begun: Micros, clock: Clock) -> Dispatch:
+        """Return what the engine vouches for, of an attempt that is *begun* then, by the engine's clock."""
+        context = TaskContext(
+            id=self.id,
+            user_name=self.name,
+            queue=self.queue,
+            attempt=self.attempt,
+            execution_count=self.executions,
+            eta_micros=self.eta,
+            deadline_micros=begun + self.deadline,
+            fence=self.fence,
+            namespace=self.namespace,
+            url=url,
+            clock=clock,
+        )
+        return Dispatch(context, LazyHeaders(lambda: platform_headers(context), None))
+
+
+class Batch(NamedTuple):
+    """A request with several calls, as its handler gets it."""
+
+    url: str  # path and query, as its tasks have it
+    sent: Micros  # by the engine's clock
+    parts: list[Part]
+
+
+class Told(NamedTuple):
+    """What became of one call of a batch."""
+
+    status: int
+    outcome: str
+    took: Micros
+    text: str = ""  # for people: why it failed
+
+
+# --- the request ------------------------------------------------------------------------------------------------------
+
+
+def pack(deliveries: Iterable[tuple[Delivery, str]]) -> bytes:
+    """Return the body of a batch: each delivery with its headers, as the JSON of a list of names and values."""
+    rows, bodies = [], []
+    for (claim, _, deadline), headers in deliveries:
+        place = _encode([claim.name or "", claim.queue, claim.namespace])[1:-1]
+        rows.append(
+            f'[{len(claim.body)},"{claim.id}",{place},{claim.attempts},{claim.executions},{claim.eta},{claim.claims},'
+            f"{deadline},{headers}]"
+        )
+        bodies.append(claim.body)
+    directory = f"[{','.join(rows)}]".encode()
+    return b"".join([_LENGTH.pack(len(directory)), directory, *bodies])
+
+
+def unpack(data: bytes) -> list[Part]:
+    """Return the calls in the body of a batch whose token holds; `TokenMismatchError` for what no engine writes."""
+    try:
+        (length,) = _LENGTH.unpack_from(data)
+        start = _LENGTH.size + length
+        parts = []
+        for size, id, *fields in json.loads(data[_LENGTH.size : start]):
+            end = start + size
+            if len(fields) != _FIELDS - 2 or end > len(data):
+                raise ValueError
+            parts.append(Part._make((int(id), *fields, data[start:end])))
+            start = end
+    except (ValueError, TypeError, struct.error):
+        raise TokenMismatchError("the body of this batch isn't as engines write it") from None
+    return parts
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def tell(answers: Sequence[Told | None]) -> str:
+    """Return the body of the answer to a batch; None stands for what wasn't begun."""
+    return _encode([told.took if told and told.outcome == "ok" else told for told in answers])
+
+
+def told(body: bytes, count: int) -> list[Told | None]:
+    """Return what the answer to a batch of *count* calls says of each; ValueError if it doesn't."""
+    answers: Any = json.loads(body)
+    if not isinstance(answers, list) or len(answers) != count:
+        raise ValueError("another number of answers than calls")
+    return [_told(answer) for answer in answers]
+
+
+def _told(answer: Any) -> Told | None:
+    match answer:
+        case bool():
+            pass
+        case int():  # nearly all of them
+            return Told(200, "ok", answer)
+        case None:
+            return None
+        case [int(status), str(outcome), int(took), str(text)]:
+            return Told(status, outcome, took, text)
+    raise ValueError("not an answer")
