@@ -26,6 +26,7 @@ from deferlib.engine import retry_after
 from deferlib.engine.batching import BYTES, Batching
 from deferlib.engine.lines import Lines
 from deferlib.engine.transport import ERROR_LENGTH, Request
+from deferlib.engine.window import Window
 
 _Address: TypeAlias = tuple[str | int, ...]  # both ends of a connection, as libcurl tells them
 Kept: TypeAlias = "dict[_Address, select.poll]"
@@ -44,6 +45,7 @@ _STOP = -1  # from a libcurl callback: end this transfer
 
 # What can't be printed, or would reorder the line it is printed in.
 _CONTROL = re.compile(r"[\x00-\x20\x7f-\xa0\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+_TOOK = re.compile(rb"[0-9]{1,12}\Z")
 _REFUSALS = (UNTRUSTED.encode(), MISMATCHED.encode())
 _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
 
@@ -51,7 +53,7 @@ _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
 class Target:
     """A base URL: its slots, and what waits for them."""
 
-    __slots__ = ("batching", "free", "lines", "name", "pace", "waiting")
+    __slots__ = ("batching", "flying", "free", "lines", "name", "pace", "waiting", "window")
 
     def __init__(self, base: str, concurrency: int, batching: Batching) -> None:
         scheme, _, rest = base.partition("://")
@@ -61,6 +63,13 @@ class Target:
         self.waiting = 0  # deliveries in them
         self.pace: Micros = FIRST_PACE  # moving average of how long a slot is taken by a delivery
         self.batching = batching
+        self.flying = 0  # requests without an answer
+        self.window: Window | None = None  # None while its handler hasn't said how long calls take
+
+    @property
+    def open(self) -> int:
+        """How many requests more it may have."""
+        return self.free if self.window is None else min(self.free, int(self.window.size) - self.flying)
 
     def put(self, delivery: Delivery) -> None:
         """Let *delivery* wait for a slot."""
@@ -125,6 +134,7 @@ class Ending(NamedTuple):
 
     results: list[Result]
     unsent: list[Delivery]  # didn't start, through no fault of anybody's: to be sent again
+    took: Micros | None = None  # what the calls took, if the answer tells
 
 
 class Exchange:
@@ -162,8 +172,13 @@ class Exchange:
         if covers is not None:
             self.handle.setopt(pycurl.OPENSOCKETFUNCTION, self._on_open)
 
-    def load(self, target: Target, deliveries: Sequence[Delivery], now: Micros, request: Request) -> None:
-        """Get ready to carry *deliveries* as *request*. Sets only what differs from the request before."""
+    def load(
+        self, target: Target, deliveries: Sequence[Delivery], now: Micros, request: Request, absent: Micros = 0
+    ) -> None:
+        """Get ready to carry *deliveries* as *request*. Sets only what differs from the request before.
+
+        *absent* is how long nobody has looked for answers so far, all in all.
+        """
         setopt = self.handle.setopt
         method, url, headers, body = request
         if url != self._url:
@@ -192,9 +207,11 @@ class Exchange:
         self.deliveries = deliveries
         self.cancelled: set[tuple[int, int]] = set()
         self.started = now
+        self.absent = absent
         self._sends = self._header_bytes = self._header_lines = 0
         self._outcome = self._text = b""
-        self._retry_after = self._took = ""
+        self._took = b""
+        self._retry_after = ""
         self._keeps = self._max_answer if batch else KEPT
         self._refused = self._barred = ""
         self._address: _Address = ()
@@ -203,33 +220,34 @@ class Exchange:
 
     def end(self, now: Micros, code: int, text: str) -> Ending:
         """Return what libcurl's *code* (0: an answer) means for the tasks."""
-        if len(self.deliveries) > 1:
-            ending = self._end_of_batch(now, code, text)
-        else:
-            ending = Ending([self._result(now, code, text)], [])
+        end = self._end_of_one if len(self.deliveries) == 1 else self._end_of_batch
+        ending = end(now, code, text)
         if not self.cancelled:
             return ending
         gone = self.cancelled
         return Ending(
             [result for result in ending.results if result[:2] not in gone],
             [delivery for delivery in ending.unsent if delivery.claim[:2] not in gone],
+            ending.took,
         )
 
-    def _result(self, now: Micros, code: int, text: str) -> Result:
+    def _end_of_one(self, now: Micros, code: int, text: str) -> Ending:
         claim = self.deliveries[0].claim
         if code == 0 or self._room < 0:
             status = self._answered()
             outcome = error = ""
             if self._outcome == b"ok" and 200 <= status <= 299:  # nearly always; saves 0.5 µs
                 outcome = "ok"
-                if self._took.isdecimal():
-                    self.target.batching.learn(now, claim, int(self._took[:12]))
             elif self.covers is None and _OUTCOME.match(self._outcome):
                 outcome, error = self._outcome.decode(), plain(self._text.decode(errors="replace"))
             wait = retry_after.parse(self._retry_after, now) if self._retry_after and status in retry_after.STATUSES else 0
-            return Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error, wait)
+            result = Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error, wait)
+            took = int(self._took) if _TOOK.match(self._took) else None
+            if took is not None:
+                self.target.batching.learn(now, claim, took)
+            return Ending([result], [], took)
         kind, error = self._failure(code, text)
-        return Result(claim.id, claim.claims, kind, self.started, now, 0, "", error)
+        return Ending([Result(claim.id, claim.claims, kind, self.started, now, 0, "", error)], [])
 
     def _answered(self) -> int:
         if self._address:
@@ -266,8 +284,9 @@ class Exchange:
     def _told(self, now: Micros, answers: Sequence[Told | None]) -> Ending:
         """Return what the answer to a batch says; each call ran when the one before it had ended."""
         batching = self.target.batching
-        ending = Ending([], [])
-        ended = max(now - sum(answer.took for answer in answers if answer is not None), self.started)
+        took = sum(answer.took for answer in answers if answer is not None)
+        ending = Ending([], [], took)
+        ended = max(now - took, self.started)
         for delivery, answer in zip(self.deliveries, answers, strict=True):
             if answer is None:
                 ending.unsent.append(delivery)
@@ -380,7 +399,7 @@ class Exchange:
         elif line[0] in b"xX" and line[:19].lower() == b"x-deferlib-outcome:":
             self._outcome = line[19:].strip()
         elif line[0] in b"xX" and line[:16].lower() == b"x-deferlib-took:":
-            self._took = line[16:].strip().decode("latin-1")
+            self._took = line[16:].strip()
         elif line[0] in b"rR" and line[:12].lower() == b"retry-after:":
             self._retry_after = line[12:60].decode("latin-1")
         if self._header_bytes > HEADER_BYTES or self._header_lines > HEADER_LINES:

@@ -20,6 +20,7 @@ from deferlib.engine.batching import MOST, Batching
 from deferlib.engine.exchange import CONNECTIONS, Covers, Exchange, Kept, Target, authorities, plain
 from deferlib.engine.transport import Request
 from deferlib.engine.wake import IN, OUT, Waker, new_poller
+from deferlib.engine.window import Window
 from deferlib.outbound import NOWHERE
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class HttpTransport:
         self._prepare_batch = prepare_batch
         self._batch = batch if prepare_batch is not None else 1
         self._withdrawn = False
+        self._absent: Micros = 0  # how long nobody has looked for answers, all in all
+        self._left = clock.now()  # when `wait` was over
         self._clock = clock
         self._concurrency = concurrency
         self._limits = (max(1, round(connect_timeout * 1000)), max_answer)
@@ -105,8 +108,9 @@ class HttpTransport:
         target = self._targets.get(base)
         if target is None:
             return self._concurrency
-        ahead = min(self._concurrency * LOOK_AHEAD // max(target.pace, 1), MOST_AHEAD)
-        return max(0, target.free - target.waiting + ahead)
+        parallel = self._concurrency if target.window is None else min(self._concurrency, int(target.window.size))
+        ahead = min(parallel * LOOK_AHEAD // max(target.pace, 1), MOST_AHEAD)
+        return max(0, target.open - target.waiting + ahead)
 
     def send(self, delivery: Delivery) -> None:
         """Start *delivery*, or let it wait for a slot of its target."""
@@ -147,10 +151,15 @@ class HttpTransport:
 
     def wait(self, until: Micros) -> None:
         """Work until there is a result, a wake, or the clock reaches *until*; take all that is ready by then."""
+        self._absent += self._clock.now() - self._left
         for target in self._fresh:
             self._refill(target)
         self._fresh.clear()
         self._call_if_due()
+        self._work(until)
+        self._left = self._clock.now()
+
+    def _work(self, until: Micros) -> None:
         while not self._results:
             patience = (until - self._clock.now()) / SECOND
             woken = self._poll(min(max(patience, 0.0), LONGEST_POLL))
@@ -206,7 +215,7 @@ class HttpTransport:
         else:
             exchange = Exchange(*self._limits, self._authorities, self._kept, self._covers if abroad else None)
         try:
-            exchange.load(target, deliveries, now, self._request(deliveries, now))
+            exchange.load(target, deliveries, now, self._request(deliveries, now), self._absent)
         except Exception as error:
             idle.append(exchange)
             text = plain(f"the request could not be made: {type(error).__name__}: {error}")
@@ -215,6 +224,7 @@ class HttpTransport:
             ]
             return
         target.free -= 1
+        target.flying += 1
         self._running[exchange.handle] = exchange
         self._multi.add_handle(exchange.handle)  # sets the alarm to now
 
@@ -224,7 +234,7 @@ class HttpTransport:
         return self._prepare_batch(deliveries, now)
 
     def _refill(self, target: Target) -> None:
-        while target.waiting and target.free > 0:
+        while target.waiting and target.open > 0:
             self._start(target, target.take_together())
 
     def _end(self, exchange: Exchange) -> None:
@@ -232,6 +242,7 @@ class HttpTransport:
         self._multi.remove_handle(exchange.handle)
         (self._idle if exchange.covers is None else self._idle_abroad).append(exchange)
         exchange.target.free += 1
+        exchange.target.flying -= 1
 
     # --- driving libcurl ---------------------------------------------------------------------------------------------
 
@@ -279,8 +290,13 @@ class HttpTransport:
             self._multi.remove_handle(exchange.handle)  # closes the connection
             self._multi.add_handle(exchange.handle)
             return
-        results, unsent = exchange.end(now, code, text)
+        results, unsent, took = exchange.end(now, code, text)
         target = exchange.target
+        if took is not None:
+            if target.window is None:
+                target.window = Window(self._concurrency)
+            waited = now - exchange.started - took - (self._absent - exchange.absent)
+            target.window.answered(now, waited, took, target.waiting > 0)
         answered = sum(result.kind is Kind.ANSWERED for result in results)
         if answered:
             target.pace += ((now - exchange.started) // answered - target.pace) // 32

@@ -1,0 +1,42 @@
+"""How many requests a target has at once, so that what it can't begin waits here, and not in its server.
+
+A server takes requests first come first served: behind a backlog of one queue, the next task of another one would wait for
+all of it. Here the queues' lines take turns. How long a request waited in its server is what its answer took, less what
+its calls took, as handlers tell (`X-Deferlib-Took`), less what it took in the best case lately: the way there and back.
+"""
+
+from __future__ import annotations
+
+from deferlib.core.model import SECOND, Micros
+
+WAIT: Micros = 2_500  # in the server: enough to keep it busy until the next request arrives, once the engine is back
+LEAST = 3.0  # requests
+_LATELY: Micros = 30 * SECOND  # the best case is that of the last one to two of these
+
+
+class Window:
+    """One target's window: it grows while requests hardly wait there, and shrinks when they do."""
+
+    __slots__ = ("_best", "_former", "_until", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = float(max(size, LEAST))  # requests
+        self._best: Micros | None = None
+        self._former: Micros | None = None
+        self._until: Micros = 0
+
+    def answered(self, now: Micros, waited: Micros, took: Micros, full: bool) -> None:
+        """Take that a request waited so long in its server, or on its way, and its calls took so long; *full* if more
+        would go at once.
+        """
+        waited = max(waited, 0)
+        if not self._until - _LATELY <= now < self._until:
+            self._former, self._best, self._until = self._best, None, now + _LATELY
+        self._best = waited if self._best is None else min(self._best, waited)
+        extra = waited - (self._best if self._former is None else min(self._best, self._former))
+        if extra <= WAIT:
+            if full:
+                self.size += 1 / self.size  # one more in each round
+        elif extra > 2 * WAIT:
+            # Where requests wait longer than they run, most of them do.
+            self.size = max(self.size - (0.5 if extra > took + 4 * WAIT else 0.1), LEAST)
