@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from deferlib.clock import Clock
 from deferlib.context import Dispatch, LazyHeaders, TaskContext, platform_headers
-from deferlib.core.model import Delivery, Micros
+from deferlib.core.model import DAY, Delivery, Micros
 from deferlib.errors import TokenMismatchError
 
 OUTCOME = "batch"  # the X-Deferlib-Outcome of an answer to a batch
@@ -22,6 +22,7 @@ PATIENCE: Micros = 50_000  # when a batch has taken so long, its handler begins 
 _LENGTH = struct.Struct(">I")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _FIELDS = 11
+_LONGEST: Micros = DAY
 
 
 class Part(NamedTuple):
@@ -117,8 +118,11 @@ def tell(answers: Sequence[Told | None]) -> str:
 
 
 def told(body: bytes, count: int) -> list[Told | None]:
-    """Return what the answer to a batch of *count* calls says of each; ValueError if it doesn't."""
-    answers: Any = json.loads(body)
+    """Return what the answer to a batch of *count* calls says of each; ValueError if it doesn't. Trusts nothing in it."""
+    try:
+        answers: Any = json.loads(body)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(answers, list) or len(answers) != count:
         raise ValueError("another number of answers than calls")
     return [_told(answer) for answer in answers]
@@ -126,12 +130,14 @@ def told(body: bytes, count: int) -> list[Told | None]:
 
 def _told(answer: Any) -> Told | None:
     match answer:
-        case bool():
-            pass
-        case int():  # nearly all of them
-            return Told(200, "ok", answer)
         case None:
             return None
-        case [int(status), str(outcome), int(took), str(text)]:
-            return Told(status, outcome, took, text)
+        case int(took) if _is_time(took):  # nearly all of them
+            return Told(200, "ok", took)
+        case [int(status), str(outcome), int(took), str(text)] if 100 <= status <= 599 and _is_time(took):
+            return Told(status, outcome, took, text.encode("utf-8", "replace").decode())
     raise ValueError("not an answer")
+
+
+def _is_time(took: int) -> bool:
+    return took is not True and took is not False and 0 <= took <= _LONGEST

@@ -242,7 +242,7 @@ class Exchange:
                 outcome, error = self._outcome.decode(), plain(self._text.decode(errors="replace"))
             wait = retry_after.parse(self._retry_after, now) if self._retry_after and status in retry_after.STATUSES else 0
             result = Result(claim.id, claim.claims, Kind.ANSWERED, self.started, now, status, outcome, error, wait)
-            took = int(self._took) if _TOOK.match(self._took) else None
+            took = int(self._took) if _TOOK.match(self._took) else None  # microseconds
             if took is not None:
                 self.target.batching.learn(now, claim, took)
             return Ending([result], [], took)
