@@ -39,6 +39,7 @@ from deferlib.errors import InvalidUrlError
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 CLAIM = 256  # how many tasks a turn claims of a queue at most: 15 ms, in which nothing else happens
+CLAIM_BESIDE = 64  # where other queues use the same target: theirs may have to wait for a whole turn
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 NEVER: Micros = 2**62
 _served = attrgetter("served")
@@ -150,7 +151,8 @@ class Scheduler:
         share = {base: -(-free // bases.count(base)) for base, free in left.items()}
         specs = []
         for queue, base in zip(ready, bases, strict=True):
-            count = min(share[base], self._share(queue, base, left[base]), queue.allowance(now), CLAIM)
+            most = CLAIM if self._sharing.alone(base, queue.config.name) else CLAIM_BESIDE
+            count = min(share[base], self._share(queue, base, left[base]), queue.allowance(now), most)
             if count > 0:
                 left[base] -= count
                 specs.append(self._spec(queue, count, now))

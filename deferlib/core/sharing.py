@@ -51,6 +51,11 @@ class Sharing:
         mine = self._queues.get((base, queue), 0)
         return min(free, max(-(-room // count) - mine, free - (room + _PART // 2) // _PART, 0))
 
+    def alone(self, base: str, queue: str) -> bool:
+        """Tell whether no other queue than *queue* has used *base* lately."""
+        users = self._used.get(base, ())
+        return not users or (len(users) == 1 and queue in users)
+
     def forget(self, now: Micros) -> None:
         """Forget who has used nothing for a while."""
         for base, users in list(self._used.items()):

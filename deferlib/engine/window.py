@@ -10,7 +10,7 @@ from __future__ import annotations
 from deferlib.core.model import SECOND, Micros
 
 WAIT: Micros = 2_500  # in the server: enough to keep it busy until the next request arrives, once the engine is back
-LEAST = 3.0  # requests
+LEAST = 2.0  # requests
 _LATELY: Micros = 30 * SECOND  # the best case is that of the last one to two of these
 
 

@@ -1,0 +1,108 @@
+"""How many requests a target has at once, against servers in virtual time: first come first served, so many at once."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+
+from deferlib.core.model import SECOND, Micros
+from deferlib.engine.window import LEAST, WAIT, Window
+
+
+def served(
+    window: Window, requests: int, took: Micros, *, workers: int, way: Micros = 0, slots: int = 32, begin: Micros = 0
+) -> tuple[Micros, list[Micros]]:
+    """Send *requests*, as many at once as *window* and *slots* let, to a server with so many *workers*.
+
+    Returns how long it took, and how long each request waited there. *way* is the time there and back.
+    """
+    free = [begin] * workers
+    flying: list[tuple[Micros, Micros, Micros]] = []  # answered at, waited, sent at
+    waits, now, left = [], begin, requests
+    while left or flying:
+        while left and len(flying) < min(slots, int(window.size)):
+            worker = heapq.heappop(free)
+            start = max(worker, now + way // 2)
+            heapq.heappush(free, start + took)
+            heapq.heappush(flying, (start + took + way // 2, start - now - way // 2, now))
+            left -= 1
+        now, waited, sent = heapq.heappop(flying)
+        waits.append(waited)
+        window.answered(now, now - sent - took, took, left > 0)
+    return now - begin, waits
+
+
+def test_requests_hardly_wait_in_a_server_with_one_worker() -> None:
+    window = Window(32)
+
+    _, waits = served(window, 2_000, 1_000, workers=1)
+
+    assert max(waits[-1_000:]) <= 3 * WAIT
+
+
+def test_slow_calls_wait_here_and_not_in_their_server() -> None:
+    window = Window(32)
+
+    served(window, 400, SECOND, workers=4)
+    _, waits = served(window, 100, SECOND, workers=4, begin=1_000 * SECOND)
+
+    assert 4 <= window.size <= 6  # the workers, and one that follows at once
+    assert sum(waited > 0 for waited in waits) <= 60
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 30])
+@pytest.mark.parametrize("took", [200, 2_000, 50_000])
+def test_all_workers_are_kept_busy(workers: int, took: Micros) -> None:
+    window = Window(32)
+    served(window, 2_000, took, workers=workers)
+
+    elapsed, _ = served(window, 1_000, took, workers=workers, begin=10**12)
+
+    assert 1_000 * took / workers >= 0.95 * elapsed - took
+
+
+def test_a_long_way_is_no_wait() -> None:
+    window = Window(32)
+
+    elapsed, _ = served(window, 4_000, 1_000, workers=32, way=100_000)
+
+    assert window.size >= 30
+    assert elapsed < 1.2 * 4_000 / 32 * 101_000
+
+
+def test_a_window_that_shrank_grows_back_when_the_server_gets_workers() -> None:
+    window = Window(32)
+    served(window, 500, 20_000, workers=2)
+    assert window.size < 8
+
+    served(window, 3_000, 20_000, workers=16, begin=100 * SECOND)
+
+    assert window.size >= 16
+
+
+def test_a_window_grows_only_while_more_would_go() -> None:
+    window = Window(8)
+
+    for now in range(1_000):
+        window.answered(now, 10, 10, full=False)
+
+    assert window.size == 8
+
+
+def test_a_window_never_closes() -> None:
+    window = Window(1)
+    for now in range(1_000):
+        window.answered(now, 0 if now == 0 else 60 * SECOND, 10, full=True)
+
+    assert window.size == LEAST
+
+
+def test_a_new_best_case_is_learned_when_the_way_gets_longer() -> None:
+    window = Window(32)
+    served(window, 1_000, 1_000, workers=32, way=1_000)
+
+    served(window, 40_000, 1_000, workers=32, way=50_000, begin=100 * SECOND)
+    served(window, 4_000, 1_000, workers=32, way=50_000, begin=1_000 * SECOND)
+
+    assert window.size >= 30
