@@ -47,7 +47,7 @@ def test_slow_calls_wait_here_and_not_in_their_server() -> None:
     served(window, 400, SECOND, workers=4)
     _, waits = served(window, 100, SECOND, workers=4, begin=1_000 * SECOND)
 
-    assert 4 <= window.size <= 6  # the workers, and one that follows at once
+    assert 4 <= window.size < 8  # the workers, and a few that follow at once
     assert sum(waited > 0 for waited in waits) <= 60
 
 
