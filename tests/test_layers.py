@@ -24,7 +24,7 @@ LAYERS = [
     {"attempt"},
     {"deferred"},
     {"server"},
-    {"contrib.outside"},
+    {"contrib.calls", "contrib.outside"},
     {"contrib.asgi"},  # the engine takes ASGI apps through it
     {"engine"},
     {"testing", "contrib", "cli"},

@@ -9,12 +9,10 @@ run in a thread.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from functools import partial
 from http import HTTPStatus
-from time import perf_counter_ns
 from typing import Any, TypeAlias, TypedDict
 
 from deferlib import attempt as attempts
@@ -22,6 +20,7 @@ from deferlib import batch, config, deadline, deferred, inbound, namespaces, pay
 from deferlib.access import ADMIN_KEY, Access, is_at_this_machine
 from deferlib.config import Runtime
 from deferlib.context import ENVIRON_KEY, Dispatch, call_taken, request_host, running
+from deferlib.contrib.calls import perform, perform_all
 from deferlib.contrib.outside import outside
 from deferlib.errors import DeadlineExceededError, TokenError
 
@@ -85,10 +84,8 @@ class Middleware:
             if deferred_call:
                 if dispatch is None:
                     return await _respond(send, attempts.FORBIDDEN)
-                began = perf_counter_ns()
-                answer = await perform(dispatch, await body.read(scope["headers"]))
-                took = (perf_counter_ns() - began) // 1000 if mounted else None
-                return await _respond(send, answer, took)
+                answer, took = await perform(dispatch, await body.read(scope["headers"]))
+                return await _respond(send, answer, took if mounted else None)
         except TokenError as error:
             return await _respond(send, attempts.refuse(error))
         if dispatch is None:
@@ -150,7 +147,8 @@ class Middleware:
 
         await self._attempt(dispatch, scope, body.replay, keep)
         if messages and not taken and messages[0].get("status", 500) < 500 and payload.is_envelope(data):
-            return await _respond(send, await perform(dispatch, data))
+            answer, _ = await perform(dispatch, data)
+            return await _respond(send, answer)
         for message in messages:
             await _noted(send)(message)
 
@@ -222,50 +220,16 @@ def is_asgi(app: object) -> bool:
     return len(needed) == 3
 
 
-async def perform(dispatch: Dispatch, data: bytes) -> attempts.Answer:
-    """Load and run the call of *dispatch*, and say how it went: `deferlib.attempt.perform` for the loop this runs on."""
-
-    def start() -> tuple[Any, BaseException | None]:
-        """Unpickle (which imports) and call, off the loop; of a coroutine function nothing runs yet.
-
-        The error is returned: a StopIteration can't pass through a future, whoever waits would wait for ever.
-        """
-        try:
-            return attempt.run(lambda: attempt.load(data)()), None
-        except BaseException as error:
-            return None, error
-
-    with attempts.Attempt(dispatch) as attempt:
-        value, error = await asyncio.to_thread(start)  # in a copy of this context
-        if error is not None:
-            raise error
-        if inspect.isawaitable(value):
-            await attempts.uncancelled(value)
-    return attempt.answer
-
-
 async def _perform_batch(scope: Scope, body: _Body) -> attempts.Answer:
     """Run the calls of a request that carries several, one after the other; each as if it had come alone.
 
     `TokenError` if no engine has made it.
     """
     runtime = config.runtime()
-    clock = runtime.clock
-    vouched = token.verify_batch(runtime.ring, clock, _clean(scope))
+    vouched = token.verify_batch(runtime.ring, runtime.clock, _clean(scope))
     data = await body.read(scope["headers"])
     url, sent = vouched.request(body=data, **_place(scope, runtime))
-    answers: list[batch.Told | None] = []
-    began = now = clock.now()
-    for part in batch.unpack(data):
-        if now - began > batch.PATIENCE:  # the others have waited long enough for those before them
-            answers.append(None)
-            continue
-        headers = {name.lower(): value for name, value in part.headers}
-        tracing.receive(headers.get(tracing.PARENT), headers.get(tracing.STATE, ""))
-        answer = await perform(part.dispatch(url, sent + now - began, clock), part.body)
-        ended = clock.now()
-        answers.append(batch.Told(answer.status, answer.outcome, ended - now, answer.body))
-        now = ended
+    answers = await perform_all(batch.Batch(url, sent, batch.unpack(data)), runtime.clock)
     return attempts.Answer(HTTPStatus.OK, batch.OUTCOME, batch.tell(answers))
 
 

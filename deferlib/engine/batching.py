@@ -76,12 +76,12 @@ class _Pace:
     def __init__(self) -> None:
         self.known = 0
         self.mean = 0.0
-        self.worst = 0.0  # forgotten slowly: 30 s are 10 ms after five hundred quick ones
+        self.worst = 0.0  # forgotten slowly: 30 s are 10 ms after 250 quick ones
 
     def learn(self, took: Micros) -> None:
         self.known += 1
         self.mean += (took - self.mean) / min(self.known, 16)
-        self.worst = max(float(took), self.worst * (63 / 64))
+        self.worst = max(float(took), self.worst * (31 / 32))
 
 
 def _is_call(claim: Claim) -> bool:
