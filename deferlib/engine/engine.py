@@ -257,11 +257,11 @@ class Engine:
             troubles.tell(now, news)
 
     def _finish(self, now: Micros, result: Result) -> None:
-        claim = self._scheduler.claim_of(result)
+        claim = self._scheduler.claim_of(result) if self._observer is not None else None
         outcome = self._scheduler.finished(now, result)
-        if outcome is not None and claim is not None:
+        if outcome is not None:
             self._unsettled.append(outcome)
-            if self._observer is not None:
+            if claim is not None and self._observer is not None:
                 self._observer.ended(now, claim, result, outcome)
 
     def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
