@@ -52,18 +52,28 @@ class Key:
 def mac(key: bytes, *parts: bytes) -> bytes:
     """Return the HMAC-SHA-256 (RFC 2104) of *parts*, one after the other.
 
-    By a copy of the keyed state: 0.9 µs for 300 bytes. `hmac.digest` takes 1.4, and gives other threads a turn each time:
-    in a pool that was one switch a call (20,000 calls a second, now 25,000).
+    By copies of the keyed states: 0.7 µs for 300 bytes; 1.3 with `hmac.HMAC`, whose methods are Python's. `hmac.digest`
+    takes 1.4, and gives other threads a turn each time: in a pool that was one switch a call (20,000 a second, now 25,000).
     """
-    state = _keyed(key).copy()
+    inner, outer = _keyed(key)
+    state, result = inner.copy(), outer.copy()
     for part in parts:
         state.update(part)
-    return state.digest()
+    result.update(state.digest())
+    return result.digest()
+
+
+_BLOCK = 64  # bytes, of SHA-256
 
 
 @lru_cache(64)
-def _keyed(key: bytes) -> hmac.HMAC:
-    return hmac.new(key, digestmod=hashlib.sha256)
+def _keyed(key: bytes) -> tuple[hashlib._Hash, hashlib._Hash]:
+    """Return the two states that RFC 2104 makes of *key*."""
+    if len(key) > _BLOCK:
+        key = hashlib.sha256(key).digest()
+    padded = key.ljust(_BLOCK, b"\0")
+    inner, outer = (hashlib.sha256(bytes(byte ^ pad for byte in padded)) for pad in (0x36, 0x5C))
+    return inner, outer
 
 
 class _Held(NamedTuple):

@@ -106,12 +106,11 @@ class Envelope(NamedTuple):
 
     def is_for(self, binding: Binding) -> bool:
         """Tell whether it names the task *binding*; compared as bytes (0.5 µs, 3 as texts)."""
-        id, *texts = binding
         try:
-            fields, lengths = _fields(*texts)
+            fields, lengths = _fields(*binding[1:])
         except UnicodeEncodeError:  # a row that somebody else has written
             return False
-        return id == self.id and lengths == self.lengths[:-1] and self.signed.startswith(fields, _HEAD.size)
+        return binding.id == self.id and lengths == self.lengths[:-1] and self.signed.startswith(fields, _HEAD.size)
 
     @property
     def label(self) -> str:
@@ -245,25 +244,20 @@ def parse(data: bytes) -> Envelope:
     """
     if not data.startswith(MAGIC) or len(data) < _HEAD.size:
         raise PayloadUnverifiedError("not a deferlib payload: unsigned, or cut short")
-    _, version, flags, codec, compression, encryption, minor, key_id, id, *lengths = _HEAD.unpack_from(data)
+    # Each length by its name, and the fields by their places: 0.6 µs of 1.6.
+    _, version, flags, codec, compression, encryption, minor, key_id, id, name, queue, url, namespace, label = (
+        _HEAD.unpack_from(data)
+    )
     if version != VERSION:
         raise PayloadNewerError(f"payload version {version}, this deferlib reads {VERSION}")
     if codec != PICKLES or compression or encryption or flags & ~(BOUND | BY_VALUE):
         raise PayloadNewerError(f"payload with codec {codec}/{compression}/{encryption} and flags {flags}: a newer format")
-    end = _HEAD.size + sum(lengths)
-    if len(data) < end + _SIGNATURE:
+    end = _HEAD.size + name + queue + url + namespace + label
+    body = end + _SIGNATURE
+    if len(data) < body:
         raise PayloadUnverifiedError("the payload is cut short")
-    return Envelope(
-        flags=flags,
-        codec=codec,
-        python_minor=minor,
-        key_id=key_id,
-        id=id,
-        lengths=tuple(lengths),
-        signature=data[end : end + _SIGNATURE],
-        signed=data[:end],
-        body=data[end + _SIGNATURE :],
-    )
+    lengths = (name, queue, url, namespace, label)
+    return Envelope(flags, codec, minor, key_id, id, lengths, data[end:body], data[:end], data[body:])
 
 
 def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool = True) -> Envelope:
