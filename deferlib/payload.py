@@ -38,6 +38,8 @@ BY_VALUE = 2  # flag: a pickle carries code, which only the same minor version o
 
 _HEAD = struct.Struct(">3sBBBBBB8sQ5H")
 _LENGTHS = struct.Struct(">5H")  # the end of a head
+_ID = struct.Struct(">Q")
+_ID_AT = struct.calcsize(">3sBBBBBB8s")
 _SIGNATURE = 32
 _LENGTH = struct.Struct(">I")
 _PROTOCOL = 5  # not the highest: what a newer Python defers, an older one beside it may have to run
@@ -107,12 +109,11 @@ class Envelope(NamedTuple):
 
     def is_for(self, binding: Binding) -> bool:
         """Tell whether it names the task *binding*; compared as bytes (0.5 µs, 3 as texts)."""
-        id, *texts = binding
         try:
-            fields, lengths = _fields(*texts)
+            fields, lengths = _fields(*binding[1:])
         except UnicodeEncodeError:  # a row that somebody else has written
             return False
-        return id == self.id and lengths == self.lengths[:-1] and self.signed.startswith(fields, _HEAD.size)
+        return binding.id == self.id and lengths == self.lengths[:-1] and self.signed.startswith(fields, _HEAD.size)
 
     @property
     def label(self) -> str:
@@ -146,11 +147,21 @@ def dump_call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
 def seal(call: Call, key: Key, binding: Binding | None) -> bytes:
     """Return the signed envelope of *call*, bound to a task unless *binding* is None."""
     flags = call.flags if binding is None else call.flags | BOUND
-    id, *texts = binding or _NO_BINDING
-    (fields, lengths), label = _fields(*texts), call.label.encode()
-    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *lengths, len(label))
-    signed = head + fields + label
+    bound = _NO_BINDING if binding is None else binding
+    before, after = _around(flags, sys.version_info.minor, key.id, *bound[1:], call.label)
+    signed = before + _ID.pack(bound.id) + after
     return b"".join([signed, mac(key.payload, signed, call.body), call.body])
+
+
+@functools.lru_cache(256)  # all but the id, and a name, is mostly the same: 1 µs of 3
+def _around(
+    flags: int, minor: int, key_id: bytes, name: str, queue: str, url: str, namespace: str, label: str
+) -> tuple[bytes, bytes]:
+    """Return what stands before the task's id in the signed part of an envelope, and what stands after it."""
+    fields, lengths = _fields(name, queue, url, namespace)
+    text = label.encode()
+    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, minor, key_id, 0, *lengths, len(text))
+    return head[:_ID_AT], head[_ID_AT + _ID.size :] + fields + text
 
 
 @functools.lru_cache(256)  # most tasks have the same
@@ -246,25 +257,20 @@ def parse(data: bytes) -> Envelope:
     """
     if not data.startswith(MAGIC) or len(data) < _HEAD.size:
         raise PayloadUnverifiedError("not a deferlib payload: unsigned, or cut short")
-    _, version, flags, codec, compression, encryption, minor, key_id, id, *lengths = _HEAD.unpack_from(data)
+    # Each length by its name, and the fields by their places: 0.6 µs of 1.6.
+    _, version, flags, codec, compression, encryption, minor, key_id, id, name, queue, url, namespace, label = (
+        _HEAD.unpack_from(data)
+    )
     if version != VERSION:
         raise PayloadNewerError(f"payload version {version}, this deferlib reads {VERSION}")
     if codec != PICKLES or compression or encryption or flags & ~(BOUND | BY_VALUE):
         raise PayloadNewerError(f"payload with codec {codec}/{compression}/{encryption} and flags {flags}: a newer format")
-    end = _HEAD.size + sum(lengths)
-    if len(data) < end + _SIGNATURE:
+    end = _HEAD.size + name + queue + url + namespace + label
+    body = end + _SIGNATURE
+    if len(data) < body:
         raise PayloadUnverifiedError("the payload is cut short")
-    return Envelope(
-        flags=flags,
-        codec=codec,
-        python_minor=minor,
-        key_id=key_id,
-        id=id,
-        lengths=tuple(lengths),
-        signature=data[end : end + _SIGNATURE],
-        signed=data[:end],
-        body=data[end + _SIGNATURE :],
-    )
+    lengths = (name, queue, url, namespace, label)
+    return Envelope(flags, codec, minor, key_id, id, lengths, data[end:body], data[:end], data[body:])
 
 
 def verify(data: bytes, ring: Keyring, binding: Binding | None, *, unbound: bool = True) -> Envelope:

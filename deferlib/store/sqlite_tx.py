@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import compress, groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 from deferlib.core.model import (
@@ -37,10 +38,21 @@ from deferlib.store.sqlite_statements import SQL, Statements
 T = TypeVar("T")
 
 _ADD = queries.Many(SQL["add"], (*NewTask._fields, "size"))
+_ADDED = AddResult.ADDED
+_QUEUE = itemgetter(NewTask._fields.index("queue"))
+_QUEUE_AND_MODE = itemgetter(*map(NewTask._fields.index, ("queue", "mode")))
 _DONE = queries.Many(SQL["done"], ("id", "claims"))
+_LEASED_FIELDS = ("until", "claims", "attempts", "lost", "first_try", "id")
+_LEASE = queries.Many(SQL["lease"], _LEASED_FIELDS)
+_LEASED = itemgetter(*map(Claim._fields.index, _LEASED_FIELDS))
+_ORDER = itemgetter(*map(Claim._fields.index, ("eta", "id")))
+_FENCE = itemgetter(*map(Outcome._fields.index, ("id", "claims")))
+_KIND = itemgetter(*map(Outcome._fields.index, ("action", "named")))
+_TALLIED = itemgetter(*map(Outcome._fields.index, ("queue", "action", "executed")))
+_ENDS = frozenset({Action.DONE, Action.DEAD})
+_FAILURES = frozenset({Action.DEAD, Action.RETRY})
 _KEEP_MINUTES = 24 * 60
 _FEW = 8  # queues that are asked for one by one
-_LOST = -1  # the place of what lost its fence
 _TASK_COLUMNS = (
     *("id", "queue", "name", "eta", "due", "claims", "attempts", "executions", "failures", "lost", "first_try"),
     *("created", "status", "reason", "method", "url", "target", "headers", "namespace", "tag", "retry", "deadline"),
@@ -91,24 +103,18 @@ class SqliteTx(Statements):
     # --- tasks ------------------------------------------------------------------------------------------------------
 
     def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
-        modes: dict[str, str | None] = {}
+        modes = {queue: self._value("queue_mode", {"queue": queue}) for queue in set(map(_QUEUE, tasks))}
         results = [AddResult.ADDED] * len(tasks)
-        places, values = [], []
-        for place, task in enumerate(tasks):
-            queue = task.queue
-            if queue not in modes:
-                modes[queue] = self._value("queue_mode", {"queue": queue})
-            mode = modes[queue]
-            if mode == task.mode:
-                places.append(place)
-                values.append((*task, len(task.body)))
-            else:
-                results[place] = AddResult.NO_QUEUE if mode is None else AddResult.WRONG_MODE
-        added = self._many(_ADD, values)
-        if len(added) < len(values):
-            for number in sorted(set(range(len(values))).difference(added)):
+        places: Sequence[int] = range(len(tasks))
+        if any(modes[queue] != mode for queue, mode in set(map(_QUEUE_AND_MODE, tasks))):
+            places = [place for place in places if modes[tasks[place].queue] == tasks[place].mode]
+            for place in set(range(len(tasks))).difference(places):
+                results[place] = AddResult.NO_QUEUE if modes[tasks[place].queue] is None else AddResult.WRONG_MODE
+        added = self._many(_ADD, [(*tasks[place], len(tasks[place].body)) for place in places])
+        if len(added) < len(places):
+            for number in sorted(set(range(len(places))).difference(added)):
                 results[places[number]] = self._add_again(now, tasks[places[number]])
-        self._count(Counter(tasks[place].queue for place, result in enumerate(results) if result is AddResult.ADDED))
+        self._count(Counter(compress(map(_QUEUE, tasks), [result is _ADDED for result in results])))
         return results
 
     def _add_again(self, now: Micros, task: NewTask) -> AddResult:
@@ -156,58 +162,62 @@ class SqliteTx(Statements):
     def claim(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[Claim]:
         claims: list[Claim] = []
         for spec in specs:
-            values = spec._asdict()
-            values["now"] = now
             query = "claim_fast" if spec.fail_fast else "claim" if spec.tag is None else "claim_tag"
-            rows = self._rows(query, values)
-            if rows and spec.interval:
+            rows = self._rows_within(query, {**spec._asdict(), "now": now}, spec.bytes)
+            if not rows:
+                continue
+            self._each(_LEASE.silent, list(map(_LEASED, rows)))
+            if spec.interval:
                 self._run("spend", {"queue": spec.queue, "now": now, "spent": len(rows) * spec.interval})
-            claimed = [Claim._make(row) for row in rows]
-            claimed.sort(key=_by_eta)  # the order of RETURNING is not defined
+            claimed = list(map(Claim._make, rows))
+            claimed.sort(key=_ORDER)  # by ETA: what lost its lease, or was put off, is due later than that
             claims += claimed
         return claims
 
     def settle(self, now: Micros, outcomes: Sequence[Outcome]) -> list[bool]:
-        held: set[int] = set()  # places in *outcomes*: one call may hold an old and a new answer of one task
-        for (action, named), run in groupby(enumerate(outcomes), key=_kind):
+        held: list[bool] = []
+        for (action, named), run in groupby(outcomes, key=_KIND):
             # Runs, not groups: what is answered twice is settled in the order asked, and the second answer is late.
+            each = list(run)
+            places: Sequence[int]
             if action is Action.DONE and not named:  # nearly all of them
-                done = list(run)
-                changed = self._many(_DONE, [outcome[:2] for _, outcome in done])
-                held.update([done[number][0] for number in changed])
-                continue
-            values = [{**outcome._asdict(), "place": place} for place, outcome in run]
-            if action is Action.DEAD:
-                held.update(self._bury(now, named, each) for each in values)
+                places = self._many(_DONE, list(map(_FENCE, each)))
             else:
-                held.update(self._each(SQL["done_named"] if action is Action.DONE and named else _SETTLE[action], values))
-        held.discard(_LOST)
-        if held:
-            self._tally(now, [outcomes[place] for place in held])
-        return [place in held for place in range(len(outcomes))]
+                places = self._settle(now, action, named, [{**one._asdict(), "place": at} for at, one in enumerate(each)])
+            start = len(held)
+            held += [len(places) == len(each)] * len(each)
+            if len(places) < len(each):
+                for place in places:
+                    held[start + place] = True
+        self._tally(now, outcomes if all(held) else compress(outcomes, held))
+        return held
 
-    def _bury(self, now: Micros, named: bool, values: dict[str, Any]) -> int:
-        """Make a dead letter; return its place, or `_LOST`."""
+    def _settle(self, now: Micros, action: Action, named: bool, values: Sequence[dict[str, Any]]) -> list[int]:
+        """Settle what has one *action*; return the places of those whose fence held."""
+        if action is Action.DEAD:
+            return [each["place"] for each in values if self._bury(now, named, each)]
+        return self._each(SQL["done_named"] if action is Action.DONE else _SETTLE[action], values)
+
+    def _bury(self, now: Micros, named: bool, values: dict[str, Any]) -> bool:
+        """Make a dead letter; tell whether the fence held."""
         if self._value("bury", {**values, "now": now}) is None:
-            return _LOST
-        return self._each(SQL["done_named" if named else "done"], [values])[0]
+            return False
+        self._each(SQL["done_named" if named else "done"], [values])
+        return True
 
     def _tally(self, now: Micros, outcomes: Iterable[Outcome]) -> None:
         """Keep the counters of what was settled."""
         totals: dict[str, list[int]] = {}
-        for _id, _claims, queue, action, _at, _named, _charged, executed, *_ in outcomes:
-            total = totals.get(queue)
-            if total is None:
-                total = totals[queue] = [0, 0, 0, 0]
-            if action is Action.DONE:
-                total[0] -= 1
-            elif action is Action.DEAD:
-                total[0] -= 1
-                total[1] += 1
-                total[3] += 1
-            elif action is Action.RETRY:
-                total[3] += 1
-            total[2] += executed
+        for (queue, action, executed), run in groupby(outcomes, key=_TALLIED):  # in C: 0.2 µs a task less
+            count = len(list(run))
+            total = totals.setdefault(queue, [0, 0, 0, 0])
+            if action in _ENDS:
+                total[0] -= count
+            if action is Action.DEAD:
+                total[1] += count
+            if action in _FAILURES:
+                total[3] += count
+            total[2] += executed * count
         for queue, (tasks, dead, executed, failed) in totals.items():
             self._count_one(queue, tasks=tasks, dead=dead)
             if executed or failed:
@@ -395,11 +405,3 @@ class SqliteTx(Statements):
     def _count_one(self, queue: str, *, tasks: int = 0, dead: int = 0) -> None:
         if tasks or dead:
             self._run("count", {"queue": queue, "tasks": tasks, "dead": dead})
-
-
-def _kind(placed: tuple[int, Outcome]) -> tuple[Action, bool]:
-    return placed[1].action, placed[1].named
-
-
-def _by_eta(claim: Claim) -> tuple[Micros, int]:
-    return claim.eta, claim.id

@@ -205,6 +205,7 @@ def test_claim_carries_what_a_delivery_needs(store: Store) -> None:
         ([500, 10], 0, 1),
         ([10, 500, 10], 100, 1),  # and nothing overtakes what doesn't fit
         ([0, 0, 0], 1, 3),
+        ([0, 500, 10], 100, 2),  # the first that has any
     ],
 )
 def test_claim_keeps_its_byte_budget(store: Store, sizes: list[int], budget: int, taken: int) -> None:

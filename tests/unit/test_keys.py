@@ -32,6 +32,14 @@ SECOND = "second-key-0123456789"
 # --- derivation -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("length", [0, 1, 32, 63, 64, 65, 200])
+def test_mac_is_the_hmac_of_its_parts_together(length: int) -> None:
+    key = bytes(range(length))
+
+    assert keys.mac(key, b"one", b"", b"two" * 1000) == hmac.digest(key, b"one" + b"two" * 1000, "sha256")
+    assert keys.mac(key) == hmac.digest(key, b"", "sha256"), "the state that is kept isn't used up"
+
+
 def test_derivation_is_hkdf_of_rfc_5869_test_case_3() -> None:
     okm = bytes.fromhex("8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d")
 

@@ -1,5 +1,6 @@
 -- name: add
--- A dead letter keeps its id, because replaying it brings that id back.
+-- A dead letter keeps its id, because replaying it brings that id back. `values` would take 1.1 µs less of 5, but where the
+-- disk is full, SQLite then undoes all of the caller's transaction, not just this.
 insert into tasks (
     id, nonce, queue, name, eta, due, created, deadline, fail_fast, size,
     method, url, target, headers, namespace, tag, retry, key_id, body
@@ -26,83 +27,42 @@ returning id
 select due is null from tasks where queue = :queue and name = :name
 
 -- name: claim
+-- What `lease` will write, read before it is written: an update that returns its rows keeps them in a table of its own,
+-- which took 3 of 7 µs a task, and of a single one 5 of 12 (or 80, where the memory for it came fresh from the system).
 -- due > eta at the moment of a claim: the former lease ran out, so that attempt's end is unknown.
-update tasks
-set
-    due = :until,
-    claims = max(claims + 1, :now),
-    attempts = attempts + 1,
-    lost = lost + (due > eta),
-    first_try = coalesce(first_try, :now)
-where id in (
-    select id
-    from (
-        select id, size, sum(size) over (order by due, id) - size as before
-        from (
-            select id, due, size
-            from tasks
-            where queue = :queue and due <= :now
-            order by due, id
-            limit :limit
-        )
-    )
-    where before = 0 or before + size <= :bytes
-)
-returning
-    id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
+select
+    id, max(claims + 1, :now) as claims, queue, name, eta, :until as until, attempts + 1 as attempts, executions, failures,
+    lost + (due > eta) as lost, coalesce(first_try, :now) as first_try, status, reason,
     method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
+from tasks
+where queue = :queue and due <= :now
+order by due, id
+limit :limit
 
 -- name: claim_tag
-update tasks
-set
-    due = :until,
-    claims = max(claims + 1, :now),
-    attempts = attempts + 1,
-    lost = lost + (due > eta),
-    first_try = coalesce(first_try, :now)
-where id in (
-    select id
-    from (
-        select id, size, sum(size) over (order by due, id) - size as before
-        from (
-            select id, due, size
-            from tasks
-            where queue = :queue and due <= :now and tag = :tag
-            order by due, id
-            limit :limit
-        )
-    )
-    where before = 0 or before + size <= :bytes
-)
-returning
-    id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
+select
+    id, max(claims + 1, :now) as claims, queue, name, eta, :until as until, attempts + 1 as attempts, executions, failures,
+    lost + (due > eta) as lost, coalesce(first_try, :now) as first_try, status, reason,
     method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
+from tasks
+where queue = :queue and due <= :now and tag = :tag
+order by due, id
+limit :limit
 
 -- name: claim_fast
-update tasks
-set
-    due = :until,
-    claims = max(claims + 1, :now),
-    attempts = attempts + 1,
-    lost = lost + (due > eta),
-    first_try = coalesce(first_try, :now)
-where id in (
-    select id
-    from (
-        select id, size, sum(size) over (order by due, id) - size as before
-        from (
-            select id, due, size
-            from tasks
-            where queue = :queue and due <= :now and fail_fast = 1
-            order by due, id
-            limit :limit
-        )
-    )
-    where before = 0 or before + size <= :bytes
-)
-returning
-    id, claims, queue, name, eta, due, attempts, executions, failures, lost, first_try, status, reason,
+select
+    id, max(claims + 1, :now) as claims, queue, name, eta, :until as until, attempts + 1 as attempts, executions, failures,
+    lost + (due > eta) as lost, coalesce(first_try, :now) as first_try, status, reason,
     method, url, target, headers, namespace, tag, retry, deadline, fail_fast, created, history, body
+from tasks
+where queue = :queue and due <= :now and fail_fast = 1
+order by due, id
+limit :limit
+
+-- name: lease
+update tasks
+set due = :until, claims = :claims, attempts = :attempts, lost = :lost, first_try = :first_try
+where id = :id
 
 -- name: end_leases
 -- Still due > eta: the claim that takes it counts the attempt as lost. By way of the queues, because dues are indexed
