@@ -27,6 +27,7 @@ from deferlib.core.model import (
     Kind,
     Limiter,
     Micros,
+    Mode,
     Outcome,
     QueueConfig,
     QueueRow,
@@ -114,6 +115,8 @@ class Scheduler:
                 queue = self._queues[name] = QueueState(name)
                 queue.in_flight = sum(flight.claim.queue == name for flight in self._flights.values())
             queue.configure(row)
+        live = [queue for queue in self._queues.values() if queue.config.mode is Mode.PUSH and not queue.disabled]
+        self._sharing.queues = Counter(map(self._base, live))
 
     def woken(self, now: Micros) -> list[str]:
         """Take a hint: any queue may have something due. Returns those where that isn't known."""

@@ -6,18 +6,22 @@ next task of any other queue would wait for one of its calls to end.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from deferlib.core.model import MINUTE, Micros
 
 _LATELY: Micros = MINUTE  # since when a queue counts as one that needs room now and then
 _PART = 8  # of the room, one part is left
+_ENOUGH = 16  # slots, of which one is left even where nobody else has used any lately
 
 
 class Sharing:
     """One engine's view of it, by base URL."""
 
-    __slots__ = ("_queues", "_used", "in_flight")
+    __slots__ = ("_queues", "_used", "in_flight", "queues")
 
     def __init__(self) -> None:
+        self.queues: Mapping[str, int] = {}  # how many have a base as their target
         self.in_flight: dict[str, int] = {}
         self._queues: dict[tuple[str, str], int] = {}  # of them, by base and queue
         self._used: dict[str, dict[str, Micros]] = {}  # by base, when each queue last used it
@@ -41,13 +45,14 @@ class Sharing:
     def share(self, base: str, queue: str, free: int) -> int:
         """Return how much of the *free* room of *base* a *queue* may take.
 
-        Up to its even share all of it, beyond that all but what is left to others. What it has on its way to other targets
-        doesn't count.
+        Up to its even share all of it, beyond that all but what is left to others: one slot, if they have used none
+        lately. What it has on its way to other targets doesn't count.
         """
         users = self._used.get(base, ())
         count = len(users) + (queue not in users)
         if count == 1:
-            return free
+            others = self.queues.get(base, 0) > 1 and free + self.in_flight.get(base, 0) >= _ENOUGH
+            return max(free - 1, 0) if others else free
         room = free + self.in_flight.get(base, 0)
         mine = self._queues.get((base, queue), 0)
         return min(free, max(-(-room // count) - mine, free - (room + _PART // 2) // _PART, 0))

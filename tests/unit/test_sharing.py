@@ -72,6 +72,14 @@ def test_some_queue_can_use_what_is_free_and_none_gets_more(in_flight: dict[str,
         assert share >= min(free, max(-(-room // len(in_flight)) - in_flight[queue], free - kept), 0)
 
 
+@pytest.mark.parametrize(("queues", "taken", "free", "share"), [(1, 31, 1, 1), (2, 31, 1, 0), (2, 0, 32, 31), (2, 11, 4, 4)])
+def test_one_slot_is_left_to_queues_that_have_used_none_lately(queues: int, taken: int, free: int, share: int) -> None:
+    shared = sharing(**({HOG: taken} if taken else {}))
+    shared.queues = {"a": queues}
+
+    assert shared.share("a", HOG, free) == share
+
+
 def test_room_is_left_for_a_minute_after_somebody_used_some() -> None:
     shared = Sharing()
     shared.sent("a", QUIET, 0)
@@ -100,7 +108,7 @@ def test_slow_tasks_of_one_queue_leave_slots_to_the_others_of_their_target() -> 
     town.run(1)
 
     delays = [start - at for start, at in zip(town.times(QUIET), added, strict=True)]
-    assert max(delays[3:]) <= SECOND // 1000, "the first ones had to wait for a slot"
+    assert max(delays) <= SECOND // 1000
     busy = Counter(at // (2 * SECOND) for at in town.times(HOG))
     assert min(sorted(busy.values())[3:]) >= 27, "the others have all but the few that are kept"
 
@@ -133,7 +141,7 @@ def test_what_goes_to_other_targets_takes_nothing_of_a_queues_share(hogs: int) -
 
     town.run(20)
 
-    assert node.free["http://hooks"] == 32, "in use"
+    assert node.free["http://hooks"] >= 31, "in use"
     assert len(town.times("hooks")) >= 300
 
 
