@@ -1,5 +1,6 @@
 -- name: add
--- A dead letter keeps its id, because replaying it brings that id back.
+-- A dead letter keeps its id, because replaying it brings that id back. `values` would take 1.1 µs less of 5, but where the
+-- disk is full, SQLite then undoes all of the caller's transaction, not just this.
 insert into tasks (
     id, nonce, queue, name, eta, due, created, deadline, fail_fast, size,
     method, url, target, headers, namespace, tag, retry, key_id, body
