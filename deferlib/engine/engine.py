@@ -324,13 +324,14 @@ class Engine:
         """
         now = self._clock.now()
         fresh = now < self._fresh_until  # all of it was claimed in this turn, and the turn was quick
-        while self._outbox:
-            delivery = self._outbox.popleft()
+        outbox, send = self._outbox, self._transport.send
+        while outbox:
+            delivery = outbox.popleft()
             if not fresh and now >= self._scheduler.lease_end(delivery.claim) - self._lease // 10:
                 self._finish(now, _unsent(delivery, now, "the engine stalled"))
                 continue
             try:
-                self._transport.send(delivery)
+                send(delivery)
             except Exception as error:
                 claim, text = delivery.claim, f"the transport failed: {type(error).__name__}: {error}"[:ERROR_LENGTH]
                 self._finish(now, Result(claim.id, claim.claims, Kind.UNKNOWN, now, now, error=text))

@@ -181,16 +181,18 @@ class SqliteTx(Statements):
         held: list[bool] = []
         for (action, named), run in groupby(outcomes, key=_KIND):
             # Runs, not groups: what is answered twice is settled in the order asked, and the second answer is late.
-            start, each = len(held), list(run)
-            held += [False] * len(each)
+            each = list(run)
+            places: Sequence[int]
             if action is Action.DONE and not named:  # nearly all of them
                 places = self._many(_DONE, list(map(_FENCE, each)))
             else:
                 places = self._settle(now, action, named, [{**one._asdict(), "place": at} for at, one in enumerate(each)])
-            for place in places:
-                held[start + place] = True
-        if any(held):
-            self._tally(now, compress(outcomes, held))
+            start = len(held)
+            held += [len(places) == len(each)] * len(each)
+            if len(places) < len(each):
+                for place in places:
+                    held[start + place] = True
+        self._tally(now, outcomes if all(held) else compress(outcomes, held))
         return held
 
     def _settle(self, now: Micros, action: Action, named: bool, values: Sequence[dict[str, Any]]) -> list[int]:
@@ -209,9 +211,8 @@ class SqliteTx(Statements):
     def _tally(self, now: Micros, outcomes: Iterable[Outcome]) -> None:
         """Keep the counters of what was settled."""
         totals: dict[str, list[int]] = {}
-        for (queue, action, executed), count in Counter(
-            map(_TALLIED, outcomes)
-        ).items():  # counted in C: 0.3 µs a task less
+        for (queue, action, executed), run in groupby(outcomes, key=_TALLIED):  # in C: 0.1 µs a task alone, 0.3 in Python
+            count = len(list(run))
             total = totals.setdefault(queue, [0, 0, 0, 0])
             if action in _ENDS:
                 total[0] -= count
