@@ -37,6 +37,8 @@ BOUND = 1  # flag: the signature covers the task's id, name, queue, url and name
 BY_VALUE = 2  # flag: a pickle carries code, which only the same minor version of Python can load
 
 _HEAD = struct.Struct(">3sBBBBBB8sQ5H")
+_ID = struct.Struct(">Q")
+_ID_AT = struct.calcsize(">3sBBBBBB8s")
 _SIGNATURE = 32
 _LENGTH = struct.Struct(">I")
 _PROTOCOL = 5  # not the highest: what a newer Python defers, an older one beside it may have to run
@@ -144,11 +146,21 @@ def dump_call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
 def seal(call: Call, key: Key, binding: Binding | None) -> bytes:
     """Return the signed envelope of *call*, bound to a task unless *binding* is None."""
     flags = call.flags if binding is None else call.flags | BOUND
-    id, *texts = binding or _NO_BINDING
-    (fields, lengths), label = _fields(*texts), call.label.encode()
-    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, sys.version_info.minor, key.id, id, *lengths, len(label))
-    signed = head + fields + label
+    bound = _NO_BINDING if binding is None else binding
+    before, after = _around(flags, sys.version_info.minor, key.id, *bound[1:], call.label)
+    signed = before + _ID.pack(bound.id) + after
     return b"".join([signed, mac(key.payload, signed, call.body), call.body])
+
+
+@functools.lru_cache(256)  # all but the id, and a name, is mostly the same: 1 µs of 3
+def _around(
+    flags: int, minor: int, key_id: bytes, name: str, queue: str, url: str, namespace: str, label: str
+) -> tuple[bytes, bytes]:
+    """Return what stands before the task's id in the signed part of an envelope, and what stands after it."""
+    fields, lengths = _fields(name, queue, url, namespace)
+    text = label.encode()
+    head = _HEAD.pack(MAGIC, VERSION, flags, PICKLES, 0, 0, minor, key_id, 0, *lengths, len(text))
+    return head[:_ID_AT], head[_ID_AT + _ID.size :] + fields + text
 
 
 @functools.lru_cache(256)  # most tasks have the same
