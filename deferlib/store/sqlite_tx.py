@@ -208,7 +208,7 @@ class SqliteTx(Statements):
     def _tally(self, now: Micros, outcomes: Iterable[Outcome]) -> None:
         """Keep the counters of what was settled."""
         totals: dict[str, list[int]] = {}
-        for (queue, action, executed), run in groupby(outcomes, key=_TALLIED):  # in C: 0.2 µs a task less
+        for (queue, action, executed), run in groupby(outcomes, key=_TALLIED):  # in C: 0.1 µs a task alone, 0.3 in Python
             count = len(list(run))
             total = totals.setdefault(queue, [0, 0, 0, 0])
             if action in _ENDS:
