@@ -39,6 +39,7 @@ _SWEEP: Micros = 10 * MINUTE
 _FEW_QUEUES = 8
 _BATCH = 64  # outcomes that don't wait for more
 SWEEP_SLICE = 200  # rows: a few milliseconds, also where their names lie far apart
+_SYNC: Micros = SECOND // 20  # how long a power cut may undo a settle: that is one more run, as of a claim that is undone
 _FIRST_PAUSE: Micros = SECOND // 20  # after a turn that failed
 _LONGEST_PAUSE: Micros = SECOND
 
@@ -86,6 +87,7 @@ class Engine:
         self._answers: deque[Result] = deque()  # taken from the transport, not yet judged
         self._unsettled: list[Outcome] = []
         self._settled_at: Micros = -gather  # when outcomes were settled last
+        self._sync_at: Micros | None = None  # when what was settled is to be synced, if it isn't yet
         self._transacting = False
         self._outbox: deque[Delivery] = deque()  # claimed, not yet handed to the transport
         self._fresh_until: Micros = 0  # when what lies in the outbox is to be looked at again before it is sent
@@ -163,6 +165,7 @@ class Engine:
     def leave(self) -> None:
         """Give back the queues this engine owns, unless something of theirs still runs."""
         if self._scheduler.in_flight:
+            self._store.sync()
             log.warning("tasks that still ran at the end of the grace time, and run again: %d", self._scheduler.in_flight)
             return
         with self._store.begin() as tx:
@@ -196,8 +199,12 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is in flight and nothing waits to be settled."""
-        return not self._scheduler.in_flight and not self._unsettled
+        """Whether nothing is in flight and nothing waits to be settled, or to be synced."""
+        return not self._scheduler.in_flight and not self._unsettled and not self._unsynced
+
+    @property
+    def _unsynced(self) -> bool:
+        return self._sync_at is not None and self._store.unsynced
 
     def turn(self) -> Micros:
         """Settle what finished, renew what runs, claim what may start, and say when to be called again.
@@ -206,6 +213,7 @@ class Engine:
         settle that was committed after all changes nothing when repeated), claims that were committed after all run out.
         """
         now = self._clock.now()
+        self._sync_if_due(now)
         self._look(now)
         self._judge(now)
         specs = self._scheduler.plan(now, self._transport.room)
@@ -228,13 +236,17 @@ class Engine:
         return self._wake_at(now)
 
     def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
-        """Tell whether what finished waits for more to be settled with it: each settle waits for the disk.
+        """Tell whether what finished waits for more to be settled with it: each settle takes the database's lock.
 
-        And so do those who add tasks meanwhile. Not where the turn is synced anyway, or somebody waits for the end.
+        Those who add tasks wait for that. Not where the turn is synced anyway, or somebody waits for the end.
         """
         if not self._unsettled or not 0 <= now - self._settled_at < self._gather or len(self._unsettled) >= _BATCH:
             return False
-        return not self._stopping and not self._scheduler.draining and not self._scheduler.peeks(specs)
+        return not self._ending and not self._scheduler.peeks(specs)
+
+    @property
+    def _ending(self) -> bool:
+        return self._stopping or self._scheduler.draining
 
     def _plan_fast(self, now: Micros, specs: Sequence[ClaimSpec]) -> list[ClaimSpec]:
         """Return what to claim beside *specs* because it doesn't wait for a slot of its queue's."""
@@ -267,7 +279,9 @@ class Engine:
     def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
         """Do a turn's one transaction, tell the scheduler what came of it, and put what to send into the outbox."""
         peeked = self._scheduler.peeks(specs)
-        with self._store.begin(durable=_needs_sync(outcomes, peeked)) as tx:
+        # A power cut mustn't give a limited queue's tokens back, and at the end somebody waits for what was settled.
+        durable = bool(peeked) or (self._ending and _settles(outcomes))
+        with self._store.begin(durable=durable) as tx:
             next_due = tx.next_due(peeked)
             wanted = self._scheduler.limited(now, peeked, next_due)
             owned = tx.own(now, self._node, self._lease, wanted) if wanted else {}
@@ -285,6 +299,10 @@ class Engine:
             flying = self._scheduler.flying(now, claims, refused)
             tx.fly(self._node, now + self._lease, flying)
             self._step("commit")
+        if durable:
+            self._sync_at = None
+        elif self._sync_at is None and _settles(outcomes) and self._store.unsynced:
+            self._sync_at = now + _SYNC
         self._step("committed")
         self._scheduler.flown(now, flying)
         self._scheduler.looked(now, peeked, next_due)  # before what was settled after it: a retry may be due sooner
@@ -297,6 +315,13 @@ class Engine:
                 self._observer.ended(now, taken[outcome.id], None, outcome)
         self._fresh_until = 0 if self._outbox else now + self._lease // 2
         self._outbox += self._scheduler.claimed(now, specs, claims, due, owned, wanted, refused)
+
+    def _sync_if_due(self, now: Micros) -> None:
+        """See to it that what was settled gets to the disk in time: at once where somebody waits for the end."""
+        at = self._sync_at
+        if at is not None and (self._ending or not at - _SYNC <= now < at):  # or the clock was set back
+            self._store.sync()  # nothing to do if something durable was committed since
+            self._sync_at = None
 
     def _settle(
         self, tx: Tx, now: Micros, outcomes: Sequence[Outcome], wanted: Sequence[str], owned: Mapping[str, Limiter]
@@ -341,7 +366,8 @@ class Engine:
         if self._hinted:
             return now
         settle_at = self._settled_at + self._gather if self._unsettled else self._reread_at
-        return min(settle_at, self._scheduler.wake_at(now, self._transport.room), self._reread_at, self._sweep_at)
+        sync_at = self._reread_at if self._sync_at is None else self._sync_at
+        return min(settle_at, sync_at, self._scheduler.wake_at(now, self._transport.room), self._reread_at, self._sweep_at)
 
     # --- beside the path --------------------------------------------------------------------------------------------
 
@@ -422,10 +448,6 @@ def _unsent(delivery: Delivery, now: Micros, why: str) -> Result:
     return Result(delivery.claim.id, delivery.claim.claims, Kind.UNSENT, now, now, error=why)
 
 
-def _needs_sync(outcomes: Sequence[Outcome], limited: Sequence[str]) -> bool:
-    """Tell whether a turn must survive a power cut.
-
-    Losing a claim, a refusal or a renewal only means that it is made again, so a turn without settles that claims from no
-    *limited* queue isn't synced (enqueue to start: 1.3 ms, 0.9 without).
-    """
-    return bool(limited) or any(outcome.action is not Action.RENEW for outcome in outcomes)
+def _settles(outcomes: Sequence[Outcome]) -> bool:
+    """Tell whether *outcomes* say how an attempt ended. A claim, a refusal or a renewal that is lost is only made again."""
+    return any(outcome.action is not Action.RENEW for outcome in outcomes)

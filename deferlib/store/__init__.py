@@ -152,8 +152,16 @@ class Store(Protocol):
     def begin(self, *, durable: bool = True) -> AbstractContextManager[Tx]:
         """Open a write transaction, committed at the end of the block, rolled back if it raises.
 
-        Unless *durable*, a power cut may undo the commit (never tear it); a killed process undoes nothing.
+        If *durable*, what it wrote and what it read survive a power cut when the block has ended. If not, a power cut may
+        undo the commit (never tear it) until `sync` or any later durable one; a killed process undoes nothing.
         """
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether a power cut may undo a commit of this process. From any thread."""
+
+    def sync(self) -> None:
+        """Make durable what this process has committed; free where `unsynced` is False. Takes no lock of the database's."""
 
     def read(self) -> AbstractContextManager[Tx]:
         """Open a snapshot, as of its first verb, that takes no write lock and can't write."""

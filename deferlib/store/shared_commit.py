@@ -6,9 +6,11 @@ A commit waits for the disk, and threads that defer at once would wait one after
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
+
+from deferlib.errors import EnqueueUnknownError
 
 T = TypeVar("T")
 
@@ -83,3 +85,11 @@ def do(jobs: list[Job], tx: Savepoints) -> None:
             if tx.failure is not None:
                 raise
             job.error = error
+
+
+def end(jobs: Iterable[Job], unknown: EnqueueUnknownError | None = None) -> None:
+    """Let the threads of *jobs* go on: the works are committed, or may be, so doing them again could end otherwise."""
+    for job in jobs:
+        if unknown is not None:
+            job.error = job.error or EnqueueUnknownError(str(unknown))
+        job.done = True

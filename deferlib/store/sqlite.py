@@ -1,8 +1,8 @@
 """The embedded store: one SQLite file, shared by any number of processes on one machine, or `:memory:` for tests.
 
-WAL, with `synchronous=FULL` for whatever acknowledges or settles. One write connection a process behind a fair lock, one
-for reading and, while watched, one that polls. apsw brings its own current SQLite; two copies of SQLite must never open
-one file in one process (closing one drops the other's locks), so nothing else here opens it.
+WAL, which is synced after the commit, beside the database's locks (`sqlite_log`). One write connection a process behind a
+fair lock, one for reading and, while watched, one that polls. apsw brings its own current SQLite; two copies of SQLite must
+never open one file in one process (closing one drops the other's locks), so nothing else here opens it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import apsw
 
 from deferlib import errors
+from deferlib.store import sqlite_forks
 from deferlib.store.datagram import Hints
 from deferlib.store.fairlock import FairLock
 from deferlib.store.presence import Presence
-from deferlib.store.shared_commit import Job, Line, do
-from deferlib.store.sqlite_file import check_file, create, extend_log, migrate, translated, translation, upgrade
+from deferlib.store.shared_commit import Job, Line, do, end
+from deferlib.store.sqlite_file import check_file, create, definite, extend_log, migrate, translated, translation, upgrade
+from deferlib.store.sqlite_log import Log
 from deferlib.store.sqlite_seat import Seat
 from deferlib.store.sqlite_tx import SqliteTx
 from deferlib.store.watch import Watch
@@ -54,17 +54,17 @@ class SqliteStore:
         self.path = path if path == MEMORY else os.path.realpath(path)
         self._memory = path == MEMORY
         self._inode: tuple[int, int] | None = None  # of the file in use: another in its place is an error
-        self._suspect = False  # an fsync failed: what the log held then may never reach the disk
         self._writer = Seat(busy_seconds)
         self._reader = self._writer if self._memory else Seat(busy_seconds)  # in memory the connection is the database
         self._poller = Seat(0)
         self._line = Line()
+        self._leaders = FairLock()  # of who writes for the line: from its turn on *writer* until that is synced
         self._watches: list[Watch] = []
         self._hints = None if self._memory else Hints(self.path)
         self._presence = None if self._memory else Presence(self.path)
         self._engines = 0  # that serve a store in memory
         self.commits = 0
-        _stores.add(self)
+        sqlite_forks.attend(self)
 
     # --- the protocol -----------------------------------------------------------------------------------------------
 
@@ -74,8 +74,20 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def begin(self, *, durable: bool = True) -> Iterator[SqliteTx]:
-        with self._turn(self._writer), self._transaction(durable) as tx:
-            yield tx
+        with self._turn(self._writer):
+            with self._transaction() as tx:
+                yield tx
+            log, commit = self._last_commit()
+        if durable:
+            self._sync(log, commit)
+
+    @property
+    def unsynced(self) -> bool:
+        log = self._writer.log
+        return log is not None and log.synced < log.committed
+
+    def sync(self) -> None:
+        self._sync(*self._last_commit())  # of a log that is closed all is synced
 
     @contextlib.contextmanager
     def read(self) -> Iterator[SqliteTx]:
@@ -94,35 +106,67 @@ class SqliteStore:
                 self._rollback(seat)
 
     def run(self, work: Callable[[SqliteTx], T]) -> T:
+        until = self._patience(self._writer)
         job = self._line.join(work)
         try:
-            with self._turn(self._writer, unless=job):
-                mine = not job.done
-                if mine:
-                    self._commit_all(self._line.take(job))
+            place = None if self._leaders.mine() else self._leaders.acquire()  # a watcher that is woken may write, too
+            try:
+                if not job.done:
+                    self._lead(job, until)
+            finally:
+                if place is not None:
+                    self._leaders.release(place)
         finally:
             self._line.leave(job)
-        if mine:
-            self._wake()
         result: T = job.outcome()
         return result
 
-    def _commit_all(self, jobs: list[Job]) -> None:
-        """Do the works of all *jobs* in one transaction. If it fails, each of the others tries by itself."""
+    def _lead(self, job: Job, until: float) -> None:
+        """Do the works of all who wait in one transaction. If it fails, each of the others tries by itself."""
+        jobs, log, commit = [job], None, -1
         try:
-            with self._transaction(durable=True) as tx:
-                do(jobs, tx)
-        except errors.EnqueueUnknownError as error:  # what the others have written may be on the disk
-            for job in jobs[1:]:
-                job.error = job.error or errors.EnqueueUnknownError(str(error))
-                job.done = True
+            with self._turn(self._writer, until):
+                jobs = self._line.take(job)
+                with self._transaction() as tx:
+                    do(jobs, tx)
+                log, commit = self._last_commit()
+            self._wake()  # now: the engine begins while the disk works (its turns need no leader's place)
+            self._sync(log, commit)
+        except BaseException as error:
+            if commit < 0 and not isinstance(error, errors.EnqueueUnknownError):
+                for each in jobs:
+                    each.error = None
+                raise
+            end(jobs[1:], self._sync_others(log, commit, error))
             raise
-        except BaseException:
-            for job in jobs:
-                job.error = None
-            raise
-        for job in jobs:
-            job.done = True
+        end(jobs)
+
+    def _sync_others(self, log: Log | None, commit: int, error: BaseException) -> errors.EnqueueUnknownError | None:
+        """Sync a commit whose leader *error* has ended. Return the others' error, if the outcome is unknown."""
+        if isinstance(error, errors.EnqueueUnknownError):
+            return error
+        try:
+            self._sync(log, commit)  # Ctrl-C while the disk worked
+        except errors.EnqueueUnknownError as unknown:
+            return unknown
+        return None
+
+    def _last_commit(self) -> tuple[Log | None, int]:
+        log = self._writer.log
+        return log, 0 if log is None else log.committed
+
+    def _sync(self, log: Log | None, commit: int) -> None:
+        """Return when that commit to *log* is on the disk. Also one that wrote nothing: what it has read must be there."""
+        if log is None:
+            return
+        try:
+            log.sync(commit)
+        except OSError as error:
+            with contextlib.suppress(errors.StoreError), self._turn(self._writer):
+                pass  # starts afresh, and at once: other processes write behind what may be lost
+            raise errors.EnqueueUnknownError(
+                f"{self.path}: the commit has an unknown outcome, its log can't be synced: {error}"
+            ) from error
 
     def join(self, connection: object) -> SqliteTx:
         if isinstance(connection, apsw.Connection):
@@ -189,25 +233,29 @@ class SqliteStore:
     # --- transactions -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _turn(self, seat: Seat, unless: Job | None = None) -> Iterator[None]:
-        """Wait for a turn on *seat*'s connection; see to it that it is in place, and in no transaction.
-
-        Nothing is looked at where the job *unless* was done by another thread meanwhile.
-        """
-        self._refuse_nesting()
-        until = time.monotonic() + seat.patience  # the wait for threads included: each of them has waited that long
+    def _turn(self, seat: Seat, until: float = 0) -> Iterator[None]:
+        """Wait for a turn on *seat*'s connection; see to it that it is in place, and in no transaction."""
+        until = until or self._patience(seat)
         turn = seat.lock.acquire()
         try:
-            if unless is None or not unless.done:
-                seat.until = until
-                with translated(self.path):
-                    self._connection(seat)
+            seat.until = until
+            with translated(self.path):
+                self._connection(seat)
             yield
         finally:
             seat.lock.release(turn)
 
+    def _patience(self, seat: Seat) -> float:
+        """Return until when a thread that begins now waits. Those before it count: each of them has waited that long."""
+        self._refuse_nesting()
+        return time.monotonic() + seat.patience
+
+    def _refuse_nesting(self) -> None:
+        if self._within():
+            raise errors.StoreError(_NESTED.format(self.path))
+
     @contextlib.contextmanager
-    def _transaction(self, durable: bool) -> Iterator[SqliteTx]:
+    def _transaction(self) -> Iterator[SqliteTx]:
         """Open a write transaction in this thread's turn, and commit it at the end of the block."""
         seat = self._writer
         connection = seat.connection
@@ -217,9 +265,6 @@ class SqliteStore:
             with translated(self.path):
                 if self._memory:
                     connection.pragma("query_only", 0)
-                if durable is not seat.durable:
-                    connection.pragma("synchronous", 2 if durable else 1)
-                    seat.durable = durable
                 connection.execute("begin immediate")
             yield tx
             self._commit(connection, tx)
@@ -227,9 +272,10 @@ class SqliteStore:
             tx.close()
             self._rollback(seat)  # what wasn't committed
 
-    def _refuse_nesting(self) -> None:
-        if self._writer.lock.mine() or self._reader.lock.mine():
-            raise errors.StoreError(_NESTED.format(self.path))
+    def _within(self) -> bool:
+        """Tell whether the calling thread is in a transaction, or syncs one: a handler of signals may ask."""
+        log = self._writer.log
+        return self._writer.lock.mine() or self._reader.lock.mine() or (log is not None and log.lock.mine())
 
     def _commit(self, connection: apsw.Connection, tx: SqliteTx) -> None:
         if connection is not self._writer.connection:
@@ -240,13 +286,15 @@ class SqliteStore:
         try:
             connection.execute("commit")
         except apsw.Error as error:
-            if _definite(error):
+            if definite(error):
                 raise translation(self.path, error, connection.system_errno) from error
             # A failed fsync: the frames may or may not be on the disk, and a second fsync would lie. Start afresh.
             self._rollback(self._writer)
             self._writer.close()
-            self._suspect = True
+            self._writer.suspect = True
             raise errors.EnqueueUnknownError(f"{self.path}: the commit failed with an unknown outcome: {error}") from error
+        if self._writer.log is not None:
+            self._writer.log.committed += 1
 
     def _rollback(self, seat: Seat) -> None:
         # An error in a statement may have rolled back already; what can't be rolled back is closed.
@@ -290,6 +338,8 @@ class SqliteStore:
 
     def _connection(self, seat: Seat) -> apsw.Connection:
         """Return *seat*'s connection, opened if need be, on the file that *path* names now."""
+        if seat.log is not None and seat.log.failure is not None:
+            seat.close()
         connection = seat.connection
         if connection is None:
             return self._open(seat)
@@ -306,6 +356,7 @@ class SqliteStore:
         connection = apsw.Connection(self.path, flags=flags, statementcachesize=200)
         # Otherwise the planner looks at bound values and plans a range query anew at each run: 300 µs a claim, not 80.
         connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
+        log = None
         try:
             connection.set_busy_handler(seat.wait)
             if self._memory:
@@ -314,17 +365,19 @@ class SqliteStore:
                 self._set_up(connection)
             if seat is self._writer:
                 connection.wal_autocheckpoint(_CHECKPOINT_PAGES)
-                if self._suspect:  # start a new log: what follows a lost frame in the old one would be lost with it
+                if seat.suspect:  # start a new log: what follows a lost frame in the old one would be lost with it
                     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-                    self._suspect = False
+                    seat.suspect = False
+                if not self._memory:
+                    log = Log(self.path)
         except BaseException:
             connection.close()
             raise
-        seat.take(connection)
+        seat.take(connection, log)
         return connection
 
     def _find_file(self) -> None:
-        if self.path in _torn:
+        if self.path in sqlite_forks.torn:
             raise errors.StoreError(_TORN.format(self.path))
         if self._inode is None:
             create(self.path)
@@ -341,14 +394,16 @@ class SqliteStore:
     def _set_up(self, connection: apsw.Connection) -> None:
         check_file(self.path, connection)
         connection.pragma("journal_size_limit", 64 * 1024 * 1024)
-        connection.pragma("synchronous", 2)
+        connection.pragma("synchronous", 1)
         connection.pragma("mmap_size", 0)
         migrate(connection)
 
     @contextlib.contextmanager
     def _all_turns(self) -> Iterator[None]:
-        """Wait until nobody uses a connection. Always in this order, and nobody else takes two turns: no deadlock."""
+        """Wait until nobody uses a connection. Who takes several of these takes them in this order: no deadlock."""
         with contextlib.ExitStack() as stack:
+            if not self._leaders.mine():
+                stack.callback(self._leaders.release, self._leaders.acquire())
             for lock in dict.fromkeys((self._writer.lock, self._reader.lock, self._poller.lock)):
                 stack.callback(lock.release, lock.acquire())
             yield
@@ -359,9 +414,9 @@ class SqliteStore:
 
     # --- fork -------------------------------------------------------------------------------------------------------
 
-    def _before_fork(self) -> contextlib.AbstractContextManager[None]:
+    def before_fork(self) -> contextlib.AbstractContextManager[None]:
         # A connection carried across a fork corrupts the file: close it first, and let both sides open their own.
-        if self._writer.lock.mine() or self._reader.lock.mine():
+        if self._within():
             return contextlib.nullcontext()  # forked within a transaction: the parent goes on with it
         turns = self._all_turns()
         turns.__enter__()
@@ -369,10 +424,10 @@ class SqliteStore:
             self._close_connections()
         return turns
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
         if not self._memory:
             if self._writer.connection is not None or self._reader.connection is not None:
-                _torn.add(self.path)
+                sqlite_forks.torn.add(self.path)
                 for seat in (self._writer, self._reader, self._poller):
                     seat.abandon()
             self._hints = Hints(self.path)
@@ -383,7 +438,7 @@ class SqliteStore:
         for watch in self._watches:
             watch.abandon()
         self._watches = []
-        self._line = Line()
+        self._line, self._leaders = Line(), FairLock()
 
 
 def _inode(path: str) -> tuple[int, int] | None:
@@ -392,39 +447,3 @@ def _inode(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
-
-
-def _definite(error: apsw.Error) -> bool:
-    """Tell whether a commit that failed with *error* surely left nothing.
-
-    A write that failed did so before the commit frame was whole, and a checksum covers that frame.
-    """
-    if isinstance(error, apsw.IOError):
-        return bool(error.extendedresult == apsw.SQLITE_IOERR_WRITE)  # type: ignore[attr-defined]  # not in its stubs
-    return isinstance(error, apsw.FullError | apsw.BusyError | apsw.ReadOnlyError)
-
-
-_stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_forking = threading.local()  # the turns that the forking thread holds
-_torn: set[str] = set()  # paths whose locks SQLite believes to have, wrongly
-
-
-def _before_fork() -> None:
-    _forking.turns = []
-    for store in sorted(_stores, key=id):  # in one order, should two threads fork
-        _forking.turns.append(store._before_fork())
-
-
-def _after_fork_in_parent() -> None:
-    for turns in _forking.turns:
-        turns.__exit__(None, None, None)
-    _forking.turns = []
-
-
-def _after_fork_in_child() -> None:
-    for store in list(_stores):
-        store._after_fork_in_child()
-    _forking.turns = []  # of locks that this process has replaced
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -205,3 +205,13 @@ def translation(path: str, error: apsw.Error, code: int = 0) -> errors.StoreErro
                 "store with DEFERLIB_STORE"
             )
     return errors.StoreError(f"{path}: {type(error).__name__}: {error}")
+
+
+def definite(error: apsw.Error) -> bool:
+    """Tell whether a commit that failed with *error* surely left nothing.
+
+    A write that failed did so before the commit frame was whole, and a checksum covers that frame.
+    """
+    if isinstance(error, apsw.IOError):
+        return bool(error.extendedresult == apsw.SQLITE_IOERR_WRITE)  # type: ignore[attr-defined]  # not in its stubs
+    return isinstance(error, apsw.FullError | apsw.BusyError | apsw.ReadOnlyError)

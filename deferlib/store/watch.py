@@ -29,6 +29,7 @@ class Watch:
 
     def __init__(self, wake: Callable[[], None], receiver: socket.socket | None, version: Callable[[], object]) -> None:
         self._wake, self._receiver, self._version = wake, receiver, version
+        self._seen: object = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="deferlib-watch", daemon=True)
         self._process = os.getpid()
@@ -36,6 +37,7 @@ class Watch:
             receiver.settimeout(POLL_SECONDS)
 
     def start(self) -> None:
+        self._seen = self._version()  # here: the thread may first get to it after a commit that nobody hints at
         self._thread.start()
 
     def wake(self) -> None:
@@ -64,7 +66,7 @@ class Watch:
             self._receiver.close()
 
     def _run(self) -> None:
-        seen = self._version()
+        seen = self._seen
         last, quick = 0.0, 0
         while not self._stop.is_set():
             if self._hinted():

@@ -151,7 +151,9 @@ class Harness:
                 if raise_errors and not attempt.ok:
                     self._settle()
                     raise TaskFailedError(f"{attempt}. The log of deferlib.handler has the traceback.")
-            elif until > self.clock.now() and self._engine.idle:
+                continue
+            self._store.sync()  # an engine does so soon by its clock, and this one stands still
+            if until > self.clock.now() and self._engine.idle:
                 return
 
     def _settle(self) -> None:

@@ -224,6 +224,7 @@ class FaultyStore:
     def __init__(self, world: World, node: Node | None = None) -> None:
         self.world, self.node = world, node
         self.writes = 0
+        self.unsynced = False
 
     @contextmanager
     def begin(self, *, durable: bool = True) -> Iterator[Any]:
@@ -246,6 +247,7 @@ class FaultyStore:
         except _Undone:
             self._trouble("failed commit" if definite else "unknown commit")
             raise (StoreFullError if definite else EnqueueUnknownError) from None
+        self.unsynced = not durable
         world.oracle.committed(self.node, recorder.verbs)
         for verb, _, arguments, result in recorder.verbs:
             world.log.append(f"{world.now} {self.node or 'client'} {verb} {_brief(verb, arguments, result)}")
@@ -260,6 +262,13 @@ class FaultyStore:
     def read(self) -> Iterator[Any]:
         with self.world.store.read() as tx:
             yield tx
+
+    def sync(self) -> None:
+        if self.world.chance(0.015):
+            self.unsynced = False  # nobody knows
+            self._trouble("failed sync")
+            raise EnqueueUnknownError
+        self.unsynced = False
 
     def run(self, work: Callable[[Any], Any]) -> Any:
         with self.begin() as tx:

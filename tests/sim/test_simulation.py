@@ -17,8 +17,8 @@ from tests.sim.world import World
 FIRST = int(os.environ.get("DEFERLIB_SIM_FIRST", "1"))
 SEEDS = range(FIRST, FIRST + int(os.environ.get("DEFERLIB_SIM_SEEDS", "60")))
 MUST_HAPPEN = {
-    "crash", "dead", "delete", "drained", "duplicate run", "failed begin", "failed commit", "failed fast", "fenced settle",
-    "glitch",
+    "crash", "dead", "delete", "drained", "duplicate run", "failed begin", "failed commit", "failed fast", "failed sync",
+    "fenced settle", "glitch",
     "killer given up", "lease expiry", "outage", "overload", "pause", "release", "renew", "retry", "slowed queue told",
     "stall", "takeover", "troubled target told", "unknown commit",
 }  # fmt: skip

@@ -75,12 +75,16 @@ class Carrier:
 
 
 class Store:
-    """The real store, counted, that fails as told."""
+    """The real store, counted, that fails as told. If it is *on_disk*, it has something to sync."""
 
     def __init__(self, real: SqliteStore) -> None:
         self.real = real
         self.begun: list[bool] = []  # durable or not
         self.looked = 0  # how often it was only read
+        self.on_disk = False
+        self.syncs = 0
+        self._unsynced_at: int | None = None  # the number of the last commit, if that wasn't durable
+        self.before_sync: Callable[[], None] = lambda: None
         self.before_begin: Callable[[], None] = lambda: None
         self.before_commit: Callable[[], None] = lambda: None
         self.after_commit: Callable[[], None] = lambda: None
@@ -92,7 +96,17 @@ class Store:
         with self.real.begin(durable=durable) as tx:
             yield tx
             self.before_commit()
+        self._unsynced_at = None if durable else self.real.commits
         self.after_commit()
+
+    @property
+    def unsynced(self) -> bool:
+        return self.on_disk and self._unsynced_at == self.real.commits  # or else there was another, a durable one
+
+    def sync(self) -> None:
+        self.before_sync()
+        self.syncs += self.unsynced
+        self._unsynced_at = None
 
     @contextmanager
     def read(self) -> Iterator[Any]:

@@ -26,6 +26,7 @@ from deferlib.core.model import (
 from deferlib.core.queue_state import FAST_PAUSE
 from deferlib.core.scheduler import FAST_CLAIM
 from deferlib.core.verdict import NO_SLOT
+from deferlib.engine.engine import Engine
 from deferlib.errors import EnqueueUnknownError, StoreBusyError, StoreFullError
 from deferlib.store.sqlite_tx import SqliteTx
 from tests.unit.engine_bench import LEASE, Bench, Carrier
@@ -243,18 +244,123 @@ def test_claim_from_a_queue_without_limits_needs_no_sync(bench: Bench) -> None:
     assert bench.store.begun == [False]
 
 
-def test_settle_and_claim_of_limited_queues_are_synced_and_renewals_are_not(bench: Bench) -> None:
+def test_claim_of_limited_queues_is_synced_and_renewals_are_not(bench: Bench) -> None:
     bench.put(QueueConfig(name="limited", rate=1.0))
-    [delivery] = bench.deliver(1, queue="limited")
+    bench.deliver(1, queue="limited")
     assert bench.store.begun == [True]
 
     bench.clock.advance(10)
     bench.engine.turn()
     assert bench.store.begun[1:] == [False]
+    assert bench.engine._sync_at is None
 
-    bench.carrier.answer(delivery)
+
+def settle_without_sync(bench: Bench, *ids: int) -> int:
+    """Return when the engine wants its next turn."""
+    bench.store.on_disk = True
+    for delivery in bench.deliver(*ids):
+        bench.carrier.answer(delivery)
+    bench.store.begun.clear()
+    until = bench.engine.turn()
+    assert bench.store.begun == [False]
+    return until
+
+
+def test_settles_are_synced_within_50_ms(bench: Bench) -> None:
+    until = settle_without_sync(bench, 1)
+
+    assert until == bench.now + SECOND // 20
+    assert (bench.store.unsynced, bench.store.syncs) == (True, 0)
+    assert not bench.engine.idle
+    assert bench.engine.busy
+
+    bench.clock.move_to(until)
+    until = bench.engine.turn()
+
+    assert (bench.store.unsynced, bench.store.syncs) == (False, 1)
+    assert bench.engine.idle
+    assert until >= bench.now + SECOND // 2, "and it stays idle"
+    bench.clock.move_to(until)
     bench.engine.turn()
-    assert bench.store.begun[2:] == [True]
+    assert bench.store.syncs == 1
+
+
+def test_settles_that_follow_put_no_sync_off(bench: Bench) -> None:
+    until = settle_without_sync(bench, 1)
+    bench.clock.move_to(until - SECOND // 100)
+
+    assert settle_without_sync(bench, 2) == until
+
+
+def test_durable_commit_of_somebody_else_in_the_process_counts_as_the_sync(bench: Bench) -> None:
+    settle_without_sync(bench, 1)
+
+    bench.add(2, wait=MINUTE)
+
+    assert bench.engine.idle
+
+
+def test_limited_queues_turn_syncs_what_was_settled_before(bench: Bench) -> None:
+    bench.put(QueueConfig(name="limited", rate=1.0))
+    settle_without_sync(bench, 1)
+
+    bench.deliver(2, queue="limited")
+
+    assert bench.store.begun[-1:] == [True]
+    assert bench.engine._sync_at is None
+
+
+def test_sync_that_fails_is_asked_for_again_in_the_next_turn(bench: Bench) -> None:
+    bench.clock.move_to(settle_without_sync(bench, 1))
+    bench.store.before_sync = fail(EnqueueUnknownError)
+
+    with pytest.raises(EnqueueUnknownError):
+        bench.engine.turn()
+    assert not bench.engine.idle
+    bench.store.before_sync = lambda: None
+    bench.engine.turn()
+
+    assert bench.engine.idle
+
+
+def test_clock_that_is_set_back_keeps_no_settle_unsynced(bench: Bench) -> None:
+    settle_without_sync(bench, 1)
+
+    bench.clock._now -= MINUTE
+    bench.engine.turn()
+
+    assert not bench.store.unsynced
+
+
+@pytest.mark.parametrize("end", [Engine.drain, lambda engine: engine.stop(SECOND)])
+def test_engine_that_ends_syncs_at_once(bench: Bench, end: Callable[[Engine], None]) -> None:
+    bench.store.on_disk = True
+    first, second = bench.deliver(1, 2)
+    bench.carrier.started.add(2)
+    bench.carrier.answer(first)
+    bench.engine.turn()
+    assert bench.store.unsynced
+
+    end(bench.engine)
+    bench.engine.turn()
+    assert bench.store.syncs == 1
+    bench.carrier.answer(second)
+    bench.engine.turn()
+
+    assert bench.store.begun[-1] is True
+    assert bench.engine.idle
+
+
+def test_engine_that_leaves_a_running_task_behind_has_synced_the_others(bench: Bench) -> None:
+    bench.store.on_disk = True
+    first, _ = bench.deliver(1, 2)
+    bench.carrier.answer(first)
+    bench.engine.turn()
+    assert bench.store.unsynced
+
+    bench.engine.leave()
+
+    assert not bench.store.unsynced
 
 
 def test_looking_at_an_empty_limited_queue_writes_nothing(bench: Bench) -> None:
