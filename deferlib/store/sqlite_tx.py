@@ -38,9 +38,6 @@ from deferlib.store.sqlite_statements import SQL, Statements
 T = TypeVar("T")
 
 _ADD = queries.Many(SQL["add"], (*NewTask._fields, "size"))
-_ADDED = AddResult.ADDED
-_QUEUE = itemgetter(NewTask._fields.index("queue"))
-_QUEUE_AND_MODE = itemgetter(*map(NewTask._fields.index, ("queue", "mode")))
 _DONE = queries.Many(SQL["done"], ("id", "claims"))
 _LEASED_FIELDS = ("until", "claims", "attempts", "lost", "first_try", "id")
 _LEASE = queries.Many(SQL["lease"], _LEASED_FIELDS)
@@ -103,18 +100,24 @@ class SqliteTx(Statements):
     # --- tasks ------------------------------------------------------------------------------------------------------
 
     def add(self, now: Micros, tasks: Sequence[NewTask]) -> list[AddResult]:
-        modes = {queue: self._value("queue_mode", {"queue": queue}) for queue in set(map(_QUEUE, tasks))}
+        modes: dict[str, str | None] = {}
         results = [AddResult.ADDED] * len(tasks)
-        places: Sequence[int] = range(len(tasks))
-        if any(modes[queue] != mode for queue, mode in set(map(_QUEUE_AND_MODE, tasks))):
-            places = [place for place in places if modes[tasks[place].queue] == tasks[place].mode]
-            for place in set(range(len(tasks))).difference(places):
-                results[place] = AddResult.NO_QUEUE if modes[tasks[place].queue] is None else AddResult.WRONG_MODE
-        added = self._many(_ADD, [(*tasks[place], len(tasks[place].body)) for place in places])
-        if len(added) < len(places):
-            for number in sorted(set(range(len(places))).difference(added)):
+        places, values = [], []
+        for place, task in enumerate(tasks):
+            queue = task.queue
+            if queue not in modes:
+                modes[queue] = self._value("queue_mode", {"queue": queue})
+            mode = modes[queue]
+            if mode == task.mode:
+                places.append(place)
+                values.append((*task, len(task.body)))
+            else:
+                results[place] = AddResult.NO_QUEUE if mode is None else AddResult.WRONG_MODE
+        added = self._many(_ADD, values)
+        if len(added) < len(values):
+            for number in sorted(set(range(len(values))).difference(added)):
                 results[places[number]] = self._add_again(now, tasks[places[number]])
-        self._count(Counter(compress(map(_QUEUE, tasks), [result is _ADDED for result in results])))
+        self._count(Counter(tasks[place].queue for place, result in enumerate(results) if result is AddResult.ADDED))
         return results
 
     def _add_again(self, now: Micros, task: NewTask) -> AddResult:

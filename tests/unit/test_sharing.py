@@ -72,7 +72,9 @@ def test_some_queue_can_use_what_is_free_and_none_gets_more(in_flight: dict[str,
         assert share >= min(free, max(-(-room // len(in_flight)) - in_flight[queue], free - kept), 0)
 
 
-@pytest.mark.parametrize(("queues", "taken", "free", "share"), [(1, 31, 1, 1), (2, 31, 1, 0), (2, 0, 32, 31), (2, 11, 4, 4)])
+@pytest.mark.parametrize(
+    ("queues", "taken", "free", "share"), [(1, 31, 1, 1), (2, 31, 1, 0), (2, 0, 32, 31), (2, 11, 4, 4)]
+)
 def test_one_slot_is_left_to_queues_that_have_used_none_lately(queues: int, taken: int, free: int, share: int) -> None:
     shared = sharing(**({HOG: taken} if taken else {}))
     shared.queues = {"a": queues}
