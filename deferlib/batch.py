@@ -18,6 +18,7 @@ from deferlib.errors import TokenMismatchError
 
 OUTCOME = "batch"  # the X-Deferlib-Outcome of an answer to a batch
 PATIENCE: Micros = 50_000  # when a batch has taken so long, its handler begins no more of it
+MOST_BYTES = 256 * 1024  # of the body of a request: engines make smaller ones, whatever the setting `limits` says
 TEXT = 300  # characters of a call's answer
 ANSWER_BYTES = 4_096  # that what is told of one call takes at most: JSON makes twelve of a character
 

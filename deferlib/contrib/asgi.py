@@ -260,13 +260,18 @@ async def _perform_batch(scope: Scope, body: _Body) -> attempts.Answer:
         if now - began > batch.PATIENCE:  # the others have waited long enough for those before them
             answers.append(None)
             continue
-        headers = {name.lower(): value for name, value in part.headers}
-        tracing.receive(headers.get(tracing.PARENT), headers.get(tracing.STATE, ""))
-        answer = await perform(part.dispatch(url, sent + now - began, clock), part.body)
+        # A task, so that a coroutine function's context variables are its own, too: 15 µs.
+        answer = await asyncio.create_task(_perform_part(part, part.dispatch(url, sent + now - began, clock)))
         ended = clock.now()
         answers.append(batch.Told(answer.status, answer.outcome, ended - now, answer.body))
         now = ended
     return attempts.Answer(HTTPStatus.OK, batch.OUTCOME, batch.tell(answers))
+
+
+async def _perform_part(part: batch.Part, dispatch: Dispatch) -> attempts.Answer:
+    headers = {name.lower(): value for name, value in part.headers}
+    tracing.receive(headers.get(tracing.PARENT), headers.get(tracing.STATE, ""))
+    return await perform(dispatch, part.body)
 
 
 def _checkup(dispatch: Dispatch | None) -> attempts.Answer:
