@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pycurl
 
 from deferlib.batch import PATIENCE, Told, told
-from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.core.model import Claim, Delivery, Kind, Micros, Result
 from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
 from deferlib.engine.batching import BYTES, Batching
@@ -93,14 +93,14 @@ class Target:
         expected = batching.expected(first.claim) if self.waiting else None
         if expected is None:
             return taken
-        queue, size = first.claim.queue, len(first.claim.body)
+        queue, size = first.claim.queue, _size(first.claim)
         most, time = batching.size(self.waiting, expected), expected
         while len(taken) < most and (following := self.lines.peek(queue)) is not None:
             expected = batching.expected(following.claim)
-            if expected is None:
+            if expected is None or following.deadline != first.deadline:  # one that hangs is cut off with its request
                 break
             time += expected
-            size += len(following.claim.body)
+            size += _size(following.claim)
             if time > batching.longest or size > BYTES:
                 break
             taken.append(self.lines.follow(queue))
@@ -112,6 +112,11 @@ class Target:
         if self.waiting:
             self.lines.keep(lambda delivery: delivery.claim[:2] != fence)
             self.waiting = sum(1 for _ in self.lines)
+
+
+def _size(claim: Claim) -> int:
+    """Return how many bytes *claim* adds to a request of several, without what is in all of them."""
+    return len(claim.body) + len(claim.headers) + len(claim.name or "")
 
 
 class _Lent:
