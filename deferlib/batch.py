@@ -1,7 +1,7 @@
 """Several deferred calls in one request: how an engine writes them down, and how a handler tells what became of each.
 
 A POST costs its engine and its server about 100 µs, whatever it carries: more than the calls of most tasks take. So calls
-that are known to be quick go together (`deferlib.engine.bundle` decides which). `docs/reference/formats.md` has the format.
+that are known to be quick go together (`deferlib.engine.batching` decides which). `docs/reference/formats.md` has the format.
 """
 
 from __future__ import annotations

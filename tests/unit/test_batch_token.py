@@ -11,13 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferlib import token
-from deferlib.core.model import MINUTE, Micros
+from deferlib import batch, token
+from deferlib.batch import Told
+from deferlib.core.model import MINUTE, Delivery, Micros
 from deferlib.deferred import DEFAULT_URL
+from deferlib.engine import batching
+from deferlib.engine.dispatch import batch_signer
 from deferlib.errors import TokenError, TokenMismatchError
 from deferlib.keys import Keyring
-from tests.unit.batches import DEADLINE, NOW, RING
-from tests.unit.test_token import At, b64, claims_of, dispatch
+from tests.unit.batches import DEADLINE, NOW, RING, claim_of, headers_text, token_of
+from tests.unit.test_token import FORMATS, At, b64, claims_of, dispatch, documented
+from tests.unit.test_token import NOW as NOW_THERE
+from tests.unit.test_token import RING as DOCUMENTED
 
 BODY = b"several calls"
 REQUEST: dict[str, Any] = {"path": DEFAULT_URL, "query": "", "body": BODY}
@@ -202,3 +207,38 @@ def test_same_signature_vouches_for_the_true_claims_only() -> None:
 
     with pytest.raises(TokenError, match="signature is wrong"):
         read(".".join((version, key, spaced, signature)))
+
+
+# --- the format doesn't drift -----------------------------------------------------------------------------------------
+
+
+def test_document_shows_the_batch_that_is_made() -> None:
+    common = {"queue": "mail", "eta": NOW_THERE - 250_000, "claims": NOW_THERE - 50}
+    first = claim_of(7397463212345678901, name="welcome-7", namespace="tenant-1", body=b"hello", **common)
+    second = claim_of(7397463212345678902, body=b"world!", **common)
+    parts = [(first, headers_text(("X-Tenant", "7"))), (second, "")]
+    deliveries = [Delivery(claim._replace(headers=text), "http://app", DEADLINE) for claim, text in parts]
+
+    request = batch_signer(DOCUMENTED)(deliveries, NOW_THERE)
+
+    assert request.body == bytes.fromhex("000000d6") + documented("batch").replace("\n", "").encode()
+    assert token_of(request) == documented("batch-token").replace("\n", "")
+
+
+def test_document_shows_the_answer_that_is_made() -> None:
+    answers = [Told(200, "ok", 180, "Success"), Told(500, "retry", 95, "ValueError: no")]
+
+    assert documented("batch-answer").strip() == batch.tell(answers)
+
+
+def test_numbers_of_the_document_are_those_of_the_code() -> None:
+    page = " ".join(FORMATS.read_text(encoding="utf-8").split())
+
+    assert f"When {batch.PATIENCE // 1000} milliseconds have passed" in page
+    assert f"at most {batch.TEXT} characters" in page
+    assert f"reads {batch.ANSWER_BYTES // 1024} KiB for each call" in page
+    assert f"less than {batch.MOST_BYTES // 1024} KiB" in page
+    assert (
+        f"about {batching.LONGEST // 1000} milliseconds of work as far as is known, and {batching.BYTES // 1024} KiB"
+        in page
+    )
