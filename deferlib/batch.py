@@ -1,7 +1,8 @@
 """Several deferred calls in one request: how an engine writes them down, and how a handler tells what became of each.
 
 A POST costs its engine and its server about 100 µs, whatever it carries: more than the calls of most tasks take. So calls
-that are known to be quick go together (`deferlib.engine.bundle` decides which). `docs/reference/formats.md` has the format.
+that are known to be quick go together (`deferlib.engine.batching` decides which). The format is in
+`docs/reference/formats.md`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from deferlib.errors import TokenMismatchError
 
 OUTCOME = "batch"  # the X-Deferlib-Outcome of an answer to a batch
 PATIENCE: Micros = 50_000  # when a batch has taken so long, its handler begins no more of it
+MOST_BYTES = 256 * 1024  # of the body of a request: engines make smaller ones, whatever the setting `limits` says
+TEXT = 300  # characters of a call's answer
+ANSWER_BYTES = 4_096  # that what is told of one call takes at most: JSON makes twelve of a character
 
 _LENGTH = struct.Struct(">I")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _FIELDS = 11
-_LONGEST: Micros = DAY
+_LONGEST: Micros = 31 * DAY  # than any deadline can be
 
 
 class Part(NamedTuple):
@@ -100,11 +104,13 @@ def unpack(data: bytes) -> list[Part]:
         parts = []
         for size, id, *fields in json.loads(data[_LENGTH.size : start]):
             end = start + size
-            if len(fields) != _FIELDS - 2 or end > len(data):
+            if len(fields) != _FIELDS - 2 or not start <= end <= len(data):
                 raise ValueError
             parts.append(Part._make((int(id), *fields, data[start:end])))
             start = end
-    except (ValueError, TypeError, struct.error):
+        if start != len(data):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError, RecursionError, struct.error):
         raise TokenMismatchError("the body of this batch isn't as engines write it") from None
     return parts
 
@@ -114,7 +120,14 @@ def unpack(data: bytes) -> list[Part]:
 
 def tell(answers: Sequence[Told | None]) -> str:
     """Return the body of the answer to a batch; None stands for what wasn't begun."""
-    return _encode([told.took if told and told.outcome == "ok" else told for told in answers])
+    return _encode([_briefly(each) if each is not None else None for each in answers])
+
+
+def _briefly(answer: Told) -> Micros | Told:
+    if answer.outcome == "ok" and answer.status == 200:  # nearly all of them
+        return answer.took
+    # As a number: JSON knows nothing of an override's HTTPStatus.
+    return Told(int(answer.status), answer.outcome, answer.took, answer.text[:TEXT])
 
 
 def told(body: bytes, count: int) -> list[Told | None]:
@@ -125,6 +138,8 @@ def told(body: bytes, count: int) -> list[Told | None]:
         raise ValueError("nested too deeply") from None
     if not isinstance(answers, list) or len(answers) != count:
         raise ValueError("another number of answers than calls")
+    if answers and answers[0] is None:  # they would come again at once, for ever
+        raise ValueError("it has begun none of them")
     return [_told(answer) for answer in answers]
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from deferlib import config, token
-from deferlib.batch import Batch, Part, unpack
+from deferlib.batch import MOST_BYTES, Batch, Part, unpack
 from deferlib.config import Runtime
 from deferlib.context import ENVIRON_KEY, Dispatch
 from deferlib.errors import BodyTooLongError
@@ -78,18 +78,27 @@ def max_body() -> int:
     return max(limits.call_bytes, limits.push_task_bytes) + _ENVELOPE
 
 
-def content_length(text: str) -> int | None:
-    """Return the length that a request announces, None if it announces none; `TokenError` if it is beyond any task's."""
+def max_batch() -> int:
+    """Return how many bytes the body of several calls may have: the engine doesn't know this process's `limits`."""
+    return max(max_body(), MOST_BYTES)
+
+
+def content_length(text: str, most: int = 0) -> int | None:
+    """Return the length that a request announces, None if it announces none; `TokenError` if it is more than *most*.
+
+    *most* is a task's without it.
+    """
     if not (text.isascii() and text.isdigit()):
         return None
-    if len(text) > 18 or int(text) > max_body():  # int() refuses thousands of digits
-        raise too_long()
+    most = most or max_body()
+    if len(text) > 18 or int(text) > most:  # int() refuses thousands of digits
+        raise too_long(most)
     return int(text)
 
 
-def too_long() -> BodyTooLongError:
-    """Return the error of a body that is longer than any task's."""
-    return BodyTooLongError(f"the body has more than {max_body()} bytes; see the setting 'limits'")
+def too_long(most: int) -> BodyTooLongError:
+    """Return the error of a body that has more than *most* bytes."""
+    return BodyTooLongError(f"the body has more than {most} bytes; see the setting 'limits'")
 
 
 # --- WSGI -----------------------------------------------------------------------------------------------------------
@@ -139,7 +148,7 @@ def recognise_batch(environ: Environ, runtime: Runtime) -> Batch:
     signature = environ.get(_SIGNATURE_KEY) or ""
     _clean(environ)
     vouched = token.verify_batch(runtime.ring, runtime.clock, signature)
-    body = read_body(environ)
+    body = read_body(environ, max_batch())
     url, sent = vouched.request(
         path=decoded(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")),
         query=environ.get("QUERY_STRING", ""),
@@ -150,7 +159,10 @@ def recognise_batch(environ: Environ, runtime: Runtime) -> Batch:
 
 
 def alone(environ: Environ, part: Part, dispatch: Dispatch) -> Environ:
-    """Return the environ that a call of a batch would have had in a request of its own, once that was recognised."""
+    """Return the environ that a call of a batch would have had in a request of its own, once that was recognised.
+
+    Without the headers that only an engine may set, as there: it takes a task's own from the store, where others may write.
+    """
     own: Environ = {
         **environ,
         "CONTENT_TYPE": "application/octet-stream",
@@ -161,20 +173,24 @@ def alone(environ: Environ, part: Part, dispatch: Dispatch) -> Environ:
     }
     for name, value in part.headers:
         key = name.upper().replace("-", "_")
-        own[key if key == "CONTENT_TYPE" else f"HTTP_{key}"] = value
+        key = key if key == "CONTENT_TYPE" else f"HTTP_{key}"
+        whose = _whose(key) if len(key) <= _USUAL_LENGTH else _whose.__wrapped__(key)
+        if whose is _Whose.ANYBODYS:
+            own[key] = value
     return own
 
 
-def read_body(environ: Environ) -> bytes:
-    """Return the request's body, read once; `TokenError` if it is longer than any task's."""
+def read_body(environ: Environ, most: int = 0) -> bytes:
+    """Return the request's body, read once; `TokenError` if it has more than *most* bytes, or is longer than any task's."""
     known = environ.get(BODY_KEY)
     if isinstance(known, bytes):
         return known
-    length = content_length(environ.get("CONTENT_LENGTH") or "")
+    most = most or max_body()
+    length = content_length(environ.get("CONTENT_LENGTH") or "", most)
     if length is None and environ.get("wsgi.input_terminated"):
-        body = _read(environ["wsgi.input"], max_body() + 1)
-        if len(body) > max_body():
-            raise too_long()
+        body = _read(environ["wsgi.input"], most + 1)
+        if len(body) > most:
+            raise too_long(most)
     else:
         body = _read(environ["wsgi.input"], length or 0)
     environ[BODY_KEY] = body

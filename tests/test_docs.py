@@ -269,10 +269,10 @@ def test_waits_in_the_table_are_those_of_the_formula() -> None:
 
 def test_http_reference_has_every_header_and_outcome() -> None:
     page = source("reference/http.md")
-    dispatch = (ROOT / "deferlib/engine/dispatch.py").read_text(encoding="utf-8")
+    sources = [(ROOT / "deferlib" / name).read_text(encoding="utf-8") for name in ("engine/dispatch.py", "context.py")]
     formats = source("reference/formats.md")
 
-    headers = set(re.findall(r'"(X-AppEngine-[\w-]+)"', dispatch))
+    headers = set(re.findall(r'"(X-AppEngine-[\w-]+)"', "".join(sources)))
     outcomes = {row[0] for row in rows_of("The handler's answer", formats)}
 
     assert len(headers) >= 7

@@ -227,7 +227,7 @@ async def _perform_batch(scope: Scope, body: _Body) -> attempts.Answer:
     """
     runtime = config.runtime()
     vouched = token.verify_batch(runtime.ring, runtime.clock, _clean(scope))
-    data = await body.read(scope["headers"])
+    data = await body.read(scope["headers"], inbound.max_batch())
     url, sent = vouched.request(body=data, **_place(scope, runtime))
     answers = await perform_all(batch.Batch(url, sent, batch.unpack(data)), runtime.clock)
     return attempts.Answer(HTTPStatus.OK, batch.OUTCOME, batch.tell(answers))
@@ -288,13 +288,14 @@ class _Body:
         self._data: bytes | None = None
         self._replayed = False
 
-    async def read(self, headers: Headers) -> bytes:
-        """Return the body; `TokenError` if it is longer than any task's, or the client leaves before its end."""
+    async def read(self, headers: Headers, most: int = 0) -> bytes:
+        """Return the body; `TokenError` if it is longer than *most* or any task's, or the client leaves before its end."""
         if self._data is not None:
             return self._data
+        most = most or inbound.max_body()
         for name, value in headers:
             if name.lower() == b"content-length":
-                inbound.content_length(value.decode("latin-1"))
+                inbound.content_length(value.decode("latin-1"), most)
         parts, size, more = [], 0, True
         while more:
             message = await self._receive()
@@ -302,8 +303,8 @@ class _Body:
                 raise TokenError("the client left before the end of the body")
             part = message.get("body", b"")
             size += len(part)
-            if size > inbound.max_body():
-                raise inbound.too_long()
+            if size > most:
+                raise inbound.too_long(most)
             parts.append(part)
             more = message.get("more_body", False)
         self._data = b"".join(parts)

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import pycurl
 
-from deferlib.batch import PATIENCE, Told, told
-from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.batch import ANSWER_BYTES, PATIENCE, Told, told
+from deferlib.core.model import Claim, Delivery, Kind, Micros, Result
 from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
 from deferlib.engine.batching import BYTES, Batching
@@ -93,14 +93,14 @@ class Target:
         expected = batching.expected(first.claim) if self.waiting else None
         if expected is None:
             return taken
-        queue, size = first.claim.queue, len(first.claim.body)
+        queue, size = first.claim.queue, _size(first.claim)
         most, time = batching.size(self.waiting, expected), expected
         while len(taken) < most and (following := self.lines.peek(queue)) is not None:
             expected = batching.expected(following.claim)
-            if expected is None:
+            if expected is None or following.deadline != first.deadline:  # one that hangs is cut off with its request
                 break
             time += expected
-            size += len(following.claim.body)
+            size += _size(following.claim)
             if time > batching.longest or size > BYTES:
                 break
             taken.append(self.lines.follow(queue))
@@ -112,6 +112,11 @@ class Target:
         if self.waiting:
             self.lines.keep(lambda delivery: delivery.claim[:2] != fence)
             self.waiting = sum(1 for _ in self.lines)
+
+
+def _size(claim: Claim) -> int:
+    """Return how many bytes *claim* adds to a request of several, without what is in all of them."""
+    return len(claim.body) + len(claim.headers) + len(claim.name or "")
 
 
 class _Lent:
@@ -212,11 +217,11 @@ class Exchange:
         self._outcome = self._text = b""
         self._took = b""
         self._retry_after = ""
-        self._keeps = self._max_answer if batch else KEPT
+        self._room = max(self._max_answer, len(deliveries) * ANSWER_BYTES) if batch else self._max_answer
+        self._keeps = self._room if batch else KEPT
         self._refused = self._barred = ""
         self._address: _Address = ()
         self._trailers = self.stale = False
-        self._room = self._max_answer
 
     def end(self, now: Micros, code: int, text: str) -> Ending:
         """Return what libcurl's *code* (0: an answer) means for the tasks."""
@@ -267,7 +272,7 @@ class Exchange:
                 with suppress(ValueError):
                     return self._told(now, told(self._text, len(self.deliveries)))
             self.target.batching.refused(now)
-            if status == 403 and self._outcome in _REFUSALS:  # none of it was looked at
+            if status == 413 or (status == 403 and self._outcome in _REFUSALS):  # none of it was looked at
                 return Ending([], list(self.deliveries))
             error = f"{self.target.name} answered a batch of calls with HTTP {status}"
         else:
@@ -275,9 +280,10 @@ class Exchange:
             if failure is Kind.UNREACHABLE:
                 kind = failure
         # The target has failed once, not once for each of them.
+        reported = [claim for claim, _, _ in self.deliveries if claim[:2] not in self.cancelled]
         results = [
             Result(claim.id, claim.claims, kind, self.started, now, error=error, echo=number > 0)
-            for number, (claim, _, _) in enumerate(self.deliveries)
+            for number, claim in enumerate(reported)
         ]
         return Ending(results, [])
 
@@ -292,15 +298,15 @@ class Exchange:
                 ending.unsent.append(delivery)
                 continue
             claim, started, ended = delivery.claim, ended, min(ended + answer.took, now)
-            if answer.outcome == "ok":
+            error, echo = "", bool(ending.results)  # the target has answered once, or a few of these outweigh any loss
+            if answer.outcome == "ok" and 200 <= answer.status <= 299:
+                outcome = "ok"
                 batching.learn(now, claim, answer.took)
-                result = Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, "ok")
+            elif _OUTCOME.match(answer.outcome.encode()):
+                outcome, error = answer.outcome, plain(answer.text)
             else:
-                outcome = answer.outcome if _OUTCOME.match(answer.outcome.encode()) else ""
-                error = plain(answer.text) if outcome else ""
-                result = Result(
-                    claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, outcome, error
-                )  # fmt: skip
+                outcome, echo = "", False
+            result = Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, outcome, error, echo=echo)
             ending.results.append(result)
         return ending
 
