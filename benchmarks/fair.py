@@ -17,7 +17,7 @@ from benchmarks.stage import child, cli_engine, fill, fresh_store, granian, perc
 from deferlib import config, taskqueue
 from deferlib.core.model import QueueConfig, QueueSource
 
-BACKLOG = 150_000
+BACKLOG = 400_000
 RATE = 1_000.0
 BUCKET = 50
 _PROBES = 300
