@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pycurl
 
 from deferlib.batch import ANSWER_BYTES, PATIENCE, Told, told
-from deferlib.core.model import Claim, Delivery, Kind, Micros, Result
+from deferlib.core.model import Delivery, Kind, Micros, Result
 from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
 from deferlib.engine.batching import BYTES, Batching
@@ -93,14 +93,15 @@ class Target:
         expected = batching.expected(first.claim) if self.waiting else None
         if expected is None:
             return taken
-        queue, size = first.claim.queue, _size(first.claim)
+        queue, size = first.claim.queue, 0
         most, time = batching.size(self.waiting, expected), expected
         while len(taken) < most and (following := self.lines.peek(queue)) is not None:
             expected = batching.expected(following.claim)
             if expected is None or following.deadline != first.deadline:  # one that hangs is cut off with its request
                 break
+            claim = following.claim
             time += expected
-            size += _size(following.claim)
+            size += len(claim.body) + len(claim.headers) + len(claim.name or "")
             if time > batching.longest or size > BYTES:
                 break
             taken.append(self.lines.follow(queue))
@@ -112,11 +113,6 @@ class Target:
         if self.waiting:
             self.lines.keep(lambda delivery: delivery.claim[:2] != fence)
             self.waiting = sum(1 for _ in self.lines)
-
-
-def _size(claim: Claim) -> int:
-    """Return how many bytes *claim* adds to a request of several, without what is in all of them."""
-    return len(claim.body) + len(claim.headers) + len(claim.name or "")
 
 
 class _Lent:
@@ -292,21 +288,21 @@ class Exchange:
         batching = self.target.batching
         took = sum(answer.took for answer in answers if answer is not None)
         ending = Ending([], [], took)
-        ended = max(now - took, self.started)
+        ended, echo = max(now - took, self.started), False
         for delivery, answer in zip(self.deliveries, answers, strict=True):
             if answer is None:
                 ending.unsent.append(delivery)
                 continue
             claim, started, ended = delivery.claim, ended, min(ended + answer.took, now)
-            error, echo = "", bool(ending.results)  # the target has answered once, or a few of these outweigh any loss
-            if answer.outcome == "ok" and 200 <= answer.status <= 299:
-                outcome = "ok"
+            status, outcome, error = answer.status, answer.outcome, ""
+            if outcome == "ok" and 200 <= status <= 299:
                 batching.learn(now, claim, answer.took)
-            elif _OUTCOME.match(answer.outcome.encode()):
-                outcome, error = answer.outcome, plain(answer.text)
+            elif _OUTCOME.match(outcome.encode()):
+                error = plain(answer.text)
             else:
                 outcome, echo = "", False
-            result = Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, answer.status, outcome, error, echo=echo)
+            result = Result(claim.id, claim.claims, Kind.ANSWERED, started, ended, status, outcome, error, 0, echo)
+            echo = True  # the target has answered once: else a few of these would outweigh any loss
             ending.results.append(result)
         return ending
 

@@ -120,7 +120,7 @@ def each_once(count: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_quick_calls_come_together_and_run_once(batched: Batched, name: str) -> None:
-    """How many of them depends on how evenly the machine runs: one that takes 20 ms sends 44 singly."""
+    """How many of them depends on how evenly the machine runs: one that takes 20 ms sends 22 singly."""
     batched.defer(1_500)
 
     with batched.server(name), batched.engine():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from random import Random
 from typing import Any, TypeAlias
 
 import pytest
@@ -12,9 +13,10 @@ import pytest
 from deferlib import batch
 from deferlib.batch import Told
 from deferlib.clock import SystemClock
-from deferlib.core.health import ENOUGH as TROUBLES
-from deferlib.core.health import Ailment, Health
-from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
+from deferlib.core.health import Ailment
+from deferlib.core.model import SECOND, Action, Delivery, Kind, Micros, Outcome, QueueConfig, QueueRow, Result
+from deferlib.core.rules import Rules
+from deferlib.core.scheduler import Scheduler
 from deferlib.engine.batching import ENOUGH
 from deferlib.engine.http import STOPPING, HttpTransport
 from deferlib.engine.transport import Request
@@ -432,25 +434,34 @@ def test_closing_drops_a_batch_that_runs(transport: HttpTransport) -> None:
 # --- how the target is ------------------------------------------------------------------------------------------------
 
 
-def learn(health: Health, results: Sequence[Result], base: str = "http://app") -> None:
-    """Take results as the scheduler does."""
-    for each in results:
-        if each.echo:
-            continue
-        if each.kind is Kind.ANSWERED:
-            health.answered(base, each.ended)
-        else:
-            health.troubled(base, each.ended, each.started, Ailment.FAILING, each.error, lambda base: 0)
+class Scheduled:
+    """A scheduler that takes results of deliveries to *base*, and says how it is."""
+
+    def __init__(self, base: str) -> None:
+        rules = Rules(node="me", lease=30 * SECOND, base=base, target={}.get)
+        self._scheduler = Scheduler(rules, Random(0))
+        self._scheduler.configure([QueueRow(config=QueueConfig(name="mail"))])
+
+    def deliver(self, transport: HttpTransport, deliveries: Sequence[Delivery]) -> list[Outcome]:
+        """Deliver, and return what becomes of the tasks."""
+        claims = [each.claim for each in deliveries]
+        self._scheduler.claimed(SystemClock().now(), [], claims, {}, {}, [])
+        return [self._scheduler.finished(each.ended, each) for each in deliver(transport, deliveries)]
+
+    @property
+    def ailments(self) -> list[Ailment | None]:
+        return [each.ailment for each in self._scheduler.conditions()]
 
 
-def test_one_broken_batch_is_one_trouble(transport: HttpTransport) -> None:
-    health = Health(32)
+def test_one_broken_batch_makes_no_healthy_target_ailing_and_charges_nobody(transport: HttpTransport) -> None:
     with serving(replying(lambda ids: b"")) as server:
+        scheduled = Scheduled(server.base)
         warm(transport, server)
-        learn(health, deliver(transport, calls(server, range(1, 33))))
 
-    assert health.room("http://app", 0, 32) == 32
-    assert TROUBLES > 1
+        outcomes = scheduled.deliver(transport, calls(server, range(1, 33)))
+
+    assert scheduled.ailments == []
+    assert {(each.action, each.charged, each.executed) for each in outcomes} == {(Action.RETRY, 0, 0)}
 
 
 def test_target_that_loses_every_second_batch_is_ailing(transport: HttpTransport) -> None:
@@ -461,10 +472,10 @@ def test_target_that_loses_every_second_batch_is_ailing(transport: HttpTransport
         turns.append(ids)
         return b"" if len(turns) % 2 else all_well(ids)
 
-    health = Health(32)
     with serving(replying(reply)) as server:
+        scheduled = Scheduled(server.base)
         warm(transport, server)
-        for first in range(1, 17):
-            learn(health, deliver(transport, calls(server, range(32 * first, 32 * first + 32))))
+        for first in range(1, 13):
+            scheduled.deliver(transport, calls(server, range(32 * first, 32 * first + 32)))
 
-    assert health.trouble("http://app")
+    assert scheduled.ailments == [Ailment.FAILING]

@@ -100,6 +100,24 @@ def test_token_of_one_kind_with_the_body_of_the_other_is_refused(send: Post) -> 
 
 
 @BOTH
+def test_no_flipped_bit_of_a_call_among_others_runs(send: Post) -> None:
+    """Of what a store may hold; an engine vouches for the whole request."""
+    genuine = call_of(claim_of(1), note, "forged")
+    for first in range(3 if send is wsgi else 0, 8 * len(genuine), 31):
+        altered = bytearray(genuine)
+        altered[first // 8] ^= 1 << first % 8
+        forged_call = Delivery(claim_of(1, body=bytes(altered)), "http://app", DEADLINE)
+
+        answer = run(send, [delivery(2, note), forged_call, delivery(3, note)])
+
+        before, outcome, after = answer.outcomes(3)
+        assert (before, after) == ("ok", "ok")
+        assert outcome in ("unverified", "key-unknown", "newer"), first
+
+    assert set(CALLS) == {"ran"}
+
+
+@BOTH
 def test_batch_at_another_url_is_refused(send: Post) -> None:
     request = request_of([delivery(1, note), delivery(2, note)])
     app = wrap_wsgi_app(unreachable) if send is wsgi else ASGI_APP
