@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pycurl
 
 from deferlib.batch import ANSWER_BYTES, PATIENCE, Told, told
-from deferlib.core.model import Delivery, Kind, Micros, Result
+from deferlib.core.model import MINUTE, Delivery, Kind, Micros, Result
 from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
 from deferlib.engine.batching import BYTES, Batching
@@ -32,6 +32,7 @@ _Address: TypeAlias = tuple[str | int, ...]  # both ends of a connection, as lib
 Kept: TypeAlias = "dict[_Address, select.poll]"
 Covers: TypeAlias = Callable[[str, int], bool]  # whether a connection to an address and a port may be opened
 
+LATELY: Micros = MINUTE
 FIRST_PACE: Micros = 1_000_000  # assumed of a target that has not answered yet: no look-ahead
 CONNECTIONS = 4096  # kept open for later requests
 HEADER_BYTES = 32 * 1024  # of an answer, interim ones included
@@ -53,7 +54,7 @@ _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
 class Target:
     """A base URL: its slots, and what waits for them."""
 
-    __slots__ = ("batching", "flying", "free", "lines", "name", "pace", "waiting", "window")
+    __slots__ = ("_queue", "batching", "flying", "free", "lines", "name", "pace", "shared_until", "waiting", "window")
 
     def __init__(self, base: str, concurrency: int, batching: Batching) -> None:
         scheme, _, rest = base.partition("://")
@@ -64,6 +65,8 @@ class Target:
         self.pace: Micros = FIRST_PACE  # moving average of how long a slot is taken by a delivery
         self.batching = batching
         self.flying = 0  # requests without an answer
+        self.shared_until: Micros = 0  # when its last queue change is forgotten
+        self._queue = ""  # of what was put last
         self.window: Window | None = None  # None while its handler hasn't said how long calls take
 
     @property
@@ -71,10 +74,14 @@ class Target:
         """How many requests more it may have."""
         return self.free if self.window is None else min(self.free, int(self.window.size) - self.flying)
 
-    def put(self, delivery: Delivery) -> None:
-        """Let *delivery* wait for a slot."""
+    def put(self, delivery: Delivery, now: Micros = 0) -> None:
+        """Let *delivery* wait for a slot, from *now* on."""
         self.lines.put(delivery)
         self.waiting += 1
+        queue = delivery.claim.queue
+        if queue != self._queue:
+            self.shared_until = now + LATELY if self._queue else 0
+            self._queue = queue
 
     def put_back(self, delivery: Delivery) -> None:
         """Let *delivery*, which was taken and didn't start, wait before the others of its queue."""

@@ -115,7 +115,7 @@ class HttpTransport:
     def send(self, delivery: Delivery) -> None:
         """Start *delivery*, or let it wait for a slot of its target."""
         target = self._targets.get(delivery.base) or self._new_target(delivery.base)
-        target.put(delivery)
+        target.put(delivery, self._left)
         self._fresh.add(target)
 
     def results(self) -> Sequence[Result]:
@@ -257,9 +257,11 @@ class HttpTransport:
             if descriptor == waker:
                 self._waker.clear()
                 woken = True
-            else:
-                # An error or a hang-up counts as readable: reading finds out which.
-                _, running = action(descriptor, (mask != OUT) | (mask & OUT) >> 1)
+                continue
+            # An error or a hang-up counts as readable: reading finds out which.
+            _, running = action(descriptor, (mask != OUT) | (mask & OUT) >> 1)
+            if self._waker.is_set:  # the others are told again: each brings many answers, and takes as many new calls along
+                break
         if running < len(self._running):
             self._collect()
         self._call_if_due()
@@ -296,7 +298,7 @@ class HttpTransport:
             if target.window is None:
                 target.window = Window(self._concurrency)
             waited = now - exchange.started - took - (self._absent - exchange.absent)
-            target.window.answered(now, waited, took, target.waiting > 0)
+            target.window.answered(now, waited, took, full=target.waiting > 0, shared=now < target.shared_until)
         answered = sum(result.kind is Kind.ANSWERED for result in results)
         if answered:
             target.pace += ((now - exchange.started) // answered - target.pace) // 32

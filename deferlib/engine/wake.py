@@ -46,6 +46,11 @@ class Waker:
                 os.write(self._writer, _ONE)
                 self._set = True  # last: interrupted between the two, the next wake just writes once more
 
+    @property
+    def is_set(self) -> bool:
+        """Whether a wake has come since the last `clear`."""
+        return self._set
+
     def clear(self) -> None:
         """Take the wakes so far; what they announced is to be looked at after this, not before.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from deferlib.core.model import SECOND, Micros
 
 WAIT: Micros = 2_500  # in the server: enough to keep it busy until the next request arrives, once the engine is back
+SHARED: Micros = 1_000  # where several queues come to it: less of its time is used (a fifth, of no-op calls)
 LEAST = 2.0  # requests
 _LATELY: Micros = 30 * SECOND  # the best case is that of the last one to two of these
 
@@ -25,18 +26,20 @@ class Window:
         self._former: Micros | None = None
         self._until: Micros = 0
 
-    def answered(self, now: Micros, waited: Micros, took: Micros, full: bool) -> None:
-        """Take that a request waited so long in its server, or on its way, and its calls took so long; *full* if more
-        would go at once.
+    def answered(self, now: Micros, waited: Micros, took: Micros, *, full: bool, shared: bool) -> None:
+        """Take that a request waited so long in its server, or on its way, and its calls took so long.
+
+        *full* if more would go at once, *shared* if the calls of other queues may have to wait for these.
         """
         waited = max(waited, 0)
         if not self._until - _LATELY <= now < self._until:
             self._former, self._best, self._until = self._best, None, now + _LATELY
         self._best = waited if self._best is None else min(self._best, waited)
         extra = waited - (self._best if self._former is None else min(self._best, self._former))
-        if extra <= WAIT:
+        enough = SHARED if shared else WAIT
+        if extra <= enough:
             if full:
                 self.size += 1 / self.size  # one more in each round
-        elif extra > 2 * WAIT:
+        elif extra > 2 * enough:
             # Where requests wait longer than they run, most of them do.
-            self.size = max(self.size - (0.5 if extra > took + 4 * WAIT else 0.1), LEAST)
+            self.size = max(self.size - (0.5 if extra > took + 4 * enough else 0.1), LEAST)

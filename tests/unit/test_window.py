@@ -7,11 +7,19 @@ import heapq
 import pytest
 
 from deferlib.core.model import SECOND, Micros
-from deferlib.engine.window import LEAST, WAIT, Window
+from deferlib.engine.window import LEAST, SHARED, WAIT, Window
 
 
 def served(
-    window: Window, requests: int, took: Micros, *, workers: int, way: Micros = 0, slots: int = 32, begin: Micros = 0
+    window: Window,
+    requests: int,
+    took: Micros,
+    *,
+    workers: int,
+    way: Micros = 0,
+    slots: int = 32,
+    begin: Micros = 0,
+    shared: bool = False,
 ) -> tuple[Micros, list[Micros]]:
     """Send *requests*, as many at once as *window* and *slots* let, to a server with so many *workers*.
 
@@ -29,7 +37,7 @@ def served(
             left -= 1
         now, waited, sent = heapq.heappop(flying)
         waits.append(waited)
-        window.answered(now, now - sent - took, took, left > 0)
+        window.answered(now, now - sent - took, took, full=left > 0, shared=shared)
     return now - begin, waits
 
 
@@ -39,6 +47,14 @@ def test_requests_hardly_wait_in_a_server_with_one_worker() -> None:
     _, waits = served(window, 2_000, 1_000, workers=1)
 
     assert max(waits[-1_000:]) <= 3 * WAIT
+
+
+def test_requests_wait_less_in_a_server_that_several_queues_share() -> None:
+    window = Window(32)
+
+    _, waits = served(window, 2_000, 500, workers=1, shared=True)
+
+    assert max(waits[-1_000:]) <= 3 * SHARED
 
 
 def test_slow_calls_wait_here_and_not_in_their_server() -> None:
@@ -85,7 +101,7 @@ def test_a_window_grows_only_while_more_would_go() -> None:
     window = Window(8)
 
     for now in range(1_000):
-        window.answered(now, 10, 10, full=False)
+        window.answered(now, 10, 10, full=False, shared=False)
 
     assert window.size == 8
 
@@ -93,7 +109,7 @@ def test_a_window_grows_only_while_more_would_go() -> None:
 def test_a_window_never_closes() -> None:
     window = Window(1)
     for now in range(1_000):
-        window.answered(now, 0 if now == 0 else 60 * SECOND, 10, full=True)
+        window.answered(now, 0 if now == 0 else 60 * SECOND, 10, full=True, shared=False)
 
     assert window.size == LEAST
 
