@@ -26,6 +26,7 @@ from deferlib.errors import (
     SingularTaskFailure,
     TokenError,
 )
+from deferlib.series import Relay, Series
 from deferlib.taskqueue import Queue, Task, TaskRetryOptions
 
 __all__ = [
@@ -328,25 +329,19 @@ class Handler:
         return attempt.Answer(HTTPStatus.OK, "ok", text)
 
     def _batch(self, environ: dict[str, Any]) -> Response:
-        """Run the calls of a request that carries several, one after the other; each as if it had come alone."""
+        """Run the calls of a request that carries several; each as if it had come alone."""
         runtime = config.runtime()
-        clock = runtime.clock
         try:
-            url, sent, parts = inbound.recognise_batch(environ, runtime)
+            calls = inbound.recognise_batch(environ, runtime)
         except TokenError as error:
             return attempt.refuse(error).response
-        answers: list[batch.Told | None] = []
-        began = now = clock.now()
-        for part in parts:
-            if now - began > batch.PATIENCE:  # the others have waited long enough for those before them
-                answers.append(None)
-                continue
-            dispatch = part.dispatch(url, sent + now - began, clock)
-            alone = inbound.alone(environ, part, dispatch)
-            body, status, headers = copy_context().run(self._attempt, dispatch, alone)
-            ended = clock.now()
-            answers.append(batch.Told(status, _outcome(headers), ended - now, body))
-            now = ended
+
+        def perform(part: batch.Part, dispatch: Dispatch) -> tuple[int, str, str]:
+            body, status, headers = self._attempt(dispatch, inbound.alone(environ, part, dispatch))
+            return status, _outcome(headers), body
+
+        relay = Relay(Series(calls, runtime.clock), perform)
+        answers = relay.run(threads=bool(environ.get("wsgi.multithread")))
         return attempt.Answer(HTTPStatus.OK, batch.OUTCOME, batch.tell(answers)).response
 
     def __call__(

@@ -20,7 +20,7 @@ LAYERS = [
     {"config", "call_text"},
     {"deadline"},
     {"taskqueue"},
-    {"access", "inbound", "checkup"},
+    {"access", "inbound", "checkup", "series"},
     {"attempt"},
     {"deferred"},
     {"server"},

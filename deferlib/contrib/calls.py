@@ -15,6 +15,7 @@ from deferlib import batch, tracing
 from deferlib.clock import Clock
 from deferlib.context import Dispatch
 from deferlib.core.model import Micros
+from deferlib.series import HELPERS, LOOK, Series
 
 
 async def perform(dispatch: Dispatch, data: bytes) -> tuple[attempts.Answer, Micros]:
@@ -46,64 +47,78 @@ async def perform(dispatch: Dispatch, data: bytes) -> tuple[attempts.Answer, Mic
 
 
 async def perform_all(calls: batch.Batch, clock: Clock) -> list[batch.Told | None]:
-    """Run the calls of a batch, one after the other, each as if it had come alone; say what became of each."""
-    series = _Series(calls, clock)
-    while (begun := await asyncio.to_thread(series.run)) is not None:  # a hop for all plain functions, not for each
-        await asyncio.create_task(series.finish(begun), context=begun.context)
-    return series.answers
+    """Run the calls of a batch, each as if it had come alone; say what became of each.
+
+    One after the other; where one takes long, another runner goes on with those behind it.
+    """
+    runner = _Runner(Series(calls, clock))
+    runners = [asyncio.create_task(runner.run(late=False))]
+    taken, waiting = -1, set(runners)
+    while waiting:
+        timeout = LOOK if runner.series.waiting and len(runners) <= HELPERS else None
+        done, waiting = await asyncio.wait(waiting, timeout=timeout)
+        if not done and runner.taken == taken and runner.series.waiting:
+            helper = asyncio.create_task(runner.run(late=True))
+            runners.append(helper)
+            waiting.add(helper)
+        taken = runner.taken
+    for each in runners:
+        each.result()
+    return runner.series.answers
 
 
 class _Begun(NamedTuple):
     """A call of a coroutine function, of which nothing has run."""
 
+    place: int
+    began: Micros
     attempt: attempts.Attempt
     value: Awaitable[Any]
     context: Context
     stack: ExitStack  # ends the attempt
 
 
-class _Series:
-    """The calls of a batch, on their way: plain functions run in a thread, coroutines on the loop."""
+class _Runner:
+    """Runs a series: plain functions in a thread, coroutines on the loop."""
 
-    def __init__(self, calls: batch.Batch, clock: Clock) -> None:
-        self.answers: list[batch.Told | None] = []
-        self._url, sent, parts = calls
-        self._clock = clock
-        self._parts = iter(parts)
-        self._began = self._now = clock.now()
-        self._offset = sent - self._began  # between the engine's clock and this one
+    def __init__(self, series: Series) -> None:
+        self.series = series
+        self.taken = 0
 
-    def run(self) -> _Begun | None:
-        """Run calls until one is a coroutine's; None once all have been run. Off the loop."""
-        for part in self._parts:
-            if self._now - self._began > batch.PATIENCE:  # the others have waited long enough for those before them
-                self.answers.append(None)
-                continue
+    async def run(self, *, late: bool) -> None:
+        """Run calls until there are none; as `Relay.work`."""
+        while (begun := await asyncio.to_thread(self._begin, late)) is not None:  # a hop for all plain functions
+            await asyncio.create_task(self._finish(begun), context=begun.context)
+
+    def _begin(self, late: bool) -> _Begun | None:
+        """Run calls until one is a coroutine's; None once there are none. Off the loop."""
+        while (taken := self.series.take(late=late)) is not None:
+            self.taken += 1
             context = copy_context()
-            begun = context.run(self._begin, part, context)
+            begun = context.run(self._begin_one, *taken, context)
             if begun is not None:
                 return begun
         return None
 
-    def _begin(self, part: batch.Part, context: Context) -> _Begun | None:
+    def _begin_one(
+        self, place: int, part: batch.Part, dispatch: Dispatch, began: Micros, context: Context
+    ) -> _Begun | None:  # fmt: skip
         headers = {name.lower(): value for name, value in part.headers}
         tracing.receive(headers.get(tracing.PARENT), headers.get(tracing.STATE, ""))
-        attempt = attempts.Attempt(part.dispatch(self._url, self._now + self._offset, self._clock))
+        attempt = attempts.Attempt(dispatch)
         with ExitStack() as stack:
             stack.enter_context(attempt)
             value = attempt.run(lambda: attempt.load(part.body)())
             if inspect.isawaitable(value):
-                return _Begun(attempt, value, context, stack.pop_all())
-        self._tell(attempt.answer)
+                return _Begun(place, began, attempt, value, context, stack.pop_all())
+        self._tell(place, began, attempt.answer)
         return None
 
-    async def finish(self, begun: _Begun) -> None:
+    async def _finish(self, begun: _Begun) -> None:
         """Run a coroutine to its end, in the context of its call."""
         with begun.stack:
             await attempts.uncancelled(begun.value)
-        self._tell(begun.attempt.answer)
+        self._tell(begun.place, begun.began, begun.attempt.answer)
 
-    def _tell(self, answer: attempts.Answer) -> None:
-        ended = self._clock.now()
-        self.answers.append(batch.Told(answer.status, answer.outcome, ended - self._now, answer.body))
-        self._now = ended
+    def _tell(self, place: int, began: Micros, answer: attempts.Answer) -> None:
+        self.series.tell(place, began, answer.status, answer.outcome, answer.body)

@@ -20,6 +20,7 @@ from deferlib.core.crowding import Crowding
 from deferlib.core.fitness import Fitness
 from deferlib.core.health import Ailment, Condition, Health
 from deferlib.core.model import (
+    SECOND,
     Action,
     Claim,
     ClaimSpec,
@@ -42,6 +43,7 @@ from deferlib.errors import InvalidUrlError
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 CLAIM = 256  # how many tasks a turn claims of a queue at most: 15 ms, in which nothing else happens
 CLAIM_BESIDE = 64  # where other queues use the same target: theirs may have to wait for a whole turn
+RESTART: Micros = 2 * SECOND  # no machine is back sooner after a power cut
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 NEVER: Micros = 2**62
 _served = attrgetter("served")
@@ -209,6 +211,19 @@ class Scheduler:
         keep each other writing for ever.
         """
         return [spec.queue for spec in specs if self._queues[spec.queue].config.limited]
+
+    def lasting(self, peeked: Iterable[str]) -> bool:
+        """Tell whether claims of the *peeked* queues must survive a power cut.
+
+        Undone, they would be made again, and the tokens they spent with them. Where the bucket is full again before any
+        machine is up again, that comes to nothing: at 1,000 a second one transaction in ten milliseconds needn't wait for
+        the disk. What holds a slot may still run on another machine.
+        """
+        configs = [self._queues[name].config for name in peeked]
+        return any(
+            config.max_concurrent is not None or not config.rate or config.bucket_size > config.rate * (RESTART / SECOND)
+            for config in configs
+        )
 
     def limited(self, now: Micros, peeked: Iterable[str], due: Mapping[str, Micros]) -> list[str]:
         """Return the limited queues to own: those with something due of the *peeked* ones, and those in flight here."""

@@ -280,7 +280,7 @@ class Engine:
         """Do a turn's one transaction, tell the scheduler what came of it, and put what to send into the outbox."""
         peeked = self._scheduler.peeks(specs)
         # A power cut mustn't give a limited queue's tokens back, and at the end somebody waits for what was settled.
-        durable = bool(peeked) or (self._ending and _settles(outcomes))
+        durable = self._scheduler.lasting(peeked) or (self._ending and _settles(outcomes))
         with self._store.begin(durable=durable) as tx:
             next_due = tx.next_due(peeked)
             wanted = self._scheduler.limited(now, peeked, next_due)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pycurl
 
 from deferlib.batch import ANSWER_BYTES, PATIENCE, Told, told
-from deferlib.core.model import MINUTE, Delivery, Kind, Micros, Result
+from deferlib.core.model import MINUTE, SECOND, Delivery, Kind, Micros, Result
 from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
 from deferlib.engine.batching import BYTES, Batching
@@ -33,6 +33,7 @@ Kept: TypeAlias = "dict[_Address, select.poll]"
 Covers: TypeAlias = Callable[[str, int], bool]  # whether a connection to an address and a port may be opened
 
 LATELY: Micros = MINUTE
+HELD_UP: Micros = SECOND
 FIRST_PACE: Micros = 1_000_000  # assumed of a target that has not answered yet: no look-ahead
 CONNECTIONS = 4096  # kept open for later requests
 HEADER_BYTES = 32 * 1024  # of an answer, interim ones included
@@ -54,7 +55,19 @@ _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
 class Target:
     """A base URL: its slots, and what waits for them."""
 
-    __slots__ = ("_queue", "batching", "flying", "free", "lines", "name", "pace", "shared_until", "waiting", "window")
+    __slots__ = (
+        "_queue",
+        "batches",
+        "batching",
+        "flying",
+        "free",
+        "lines",
+        "name",
+        "pace",
+        "shared_until",
+        "waiting",
+        "window",
+    )
 
     def __init__(self, base: str, concurrency: int, batching: Batching) -> None:
         scheme, _, rest = base.partition("://")
@@ -64,6 +77,7 @@ class Target:
         self.waiting = 0  # deliveries in them
         self.pace: Micros = FIRST_PACE  # moving average of how long a slot is taken by a delivery
         self.batching = batching
+        self.batches: dict[object, Micros] = {}  # that are on their way, and since when; the oldest first
         self.flying = 0  # requests without an answer
         self.shared_until: Micros = 0  # when its last queue change is forgotten
         self._queue = ""  # of what was put last
@@ -93,11 +107,11 @@ class Target:
         self.waiting -= 1
         return self.lines.take()
 
-    def take_together(self) -> list[Delivery]:
+    def take_together(self, now: Micros = 0) -> list[Delivery]:
         """Return whose turn it is, and what of the same queue goes with it in one request; only while something waits."""
         first = self.take()
         taken, batching = [first], self.batching
-        expected = batching.expected(first.claim) if self.waiting else None
+        expected = batching.expected(first.claim) if self.waiting and not self._held_up(now) else None
         if expected is None:
             return taken
         queue, size = first.claim.queue, 0
@@ -114,6 +128,10 @@ class Target:
             taken.append(self.lines.follow(queue))
             self.waiting -= 1
         return taken
+
+    def _held_up(self, now: Micros) -> bool:
+        """Tell whether a batch has no answer for so long that no others should follow it."""
+        return bool(self.batches) and now - next(iter(self.batches.values())) > HELD_UP
 
     def drop(self, fence: tuple[int, int]) -> None:
         """Forget what waits of this claim."""

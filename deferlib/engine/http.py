@@ -225,6 +225,8 @@ class HttpTransport:
             return
         target.free -= 1
         target.flying += 1
+        if len(deliveries) > 1:
+            target.batches[exchange] = now
         self._running[exchange.handle] = exchange
         self._multi.add_handle(exchange.handle)  # sets the alarm to now
 
@@ -235,7 +237,7 @@ class HttpTransport:
 
     def _refill(self, target: Target) -> None:
         while target.waiting and target.open > 0:
-            self._start(target, target.take_together())
+            self._start(target, target.take_together(self._clock.now()))
 
     def _end(self, exchange: Exchange) -> None:
         del self._running[exchange.handle]
@@ -243,6 +245,7 @@ class HttpTransport:
         (self._idle if exchange.covers is None else self._idle_abroad).append(exchange)
         exchange.target.free += 1
         exchange.target.flying -= 1
+        exchange.target.batches.pop(exchange, None)
 
     # --- driving libcurl ---------------------------------------------------------------------------------------------
 

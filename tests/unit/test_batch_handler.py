@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import deferlib
-from deferlib import batch, config, context, deferred, inbound, namespaces, tracing
+from deferlib import batch, config, context, deferred, inbound, namespaces, series, tracing
 from deferlib.batch import Told
 from deferlib.clock import SystemClock
+from deferlib.contrib import calls
 from deferlib.core.model import MINUTE, SECOND, Delivery, Micros
 from deferlib.deferred import DEFAULT_URL
 from deferlib.keys import Keyring
@@ -322,7 +323,8 @@ def test_what_is_not_a_failure_ends_the_request() -> None:
 def test_deadline_stops_one_call_and_not_the_next(send: Post, monkeypatch: pytest.MonkeyPatch) -> None:
     config.install(None)
     deferlib.configure(store="sqlite:///:memory:", key=KEY)
-    monkeypatch.setattr(batch, "PATIENCE", MINUTE)
+    monkeypatch.setattr(series, "PATIENCE", MINUTE)
+    monkeypatch.setattr(calls, "HELPERS", 0)
     deliveries = [delivery(1, stay, deadline=SECOND // 5), delivery(2, note_task, deadline=SECOND), delivery(3, note)]
     begun = SystemClock().now()
     request = request_of(deliveries, now=begun)

@@ -247,6 +247,17 @@ def test_request_stays_small(what: str) -> None:
         assert len(request_of(made.take_together()).body) < MOST_BYTES // 2
 
 
+def test_no_batch_follows_one_that_has_no_answer_for_a_second() -> None:
+    made = target(*many(6))
+    made.batches["on its way"] = NOW
+
+    assert len(made.take_together(NOW + SECOND)) > 1
+    assert len(made.take_together(NOW + SECOND + 1)) == 1
+
+    del made.batches["on its way"]
+    assert len(made.take_together(NOW + SECOND + 1)) > 1
+
+
 def test_calls_with_other_deadlines_go_in_another_request() -> None:
     """One that hangs is cut off with its request: with the longest deadline of all that are in it, else."""
     short = many(2, 3, deadline=15 * SECOND)

@@ -255,6 +255,26 @@ def test_claim_of_limited_queues_is_synced_and_renewals_are_not(bench: Bench) ->
     assert bench.engine._sync_at is None
 
 
+@pytest.mark.parametrize(
+    ("limits", "synced"),
+    [
+        ({"rate": 1_000.0, "bucket_size": 500}, False),  # whoever comes back after a power cut finds a full bucket anyway
+        ({"rate": 1_000.0, "bucket_size": 5_000}, True),
+        ({"rate": 1 / 60, "bucket_size": 1}, True),
+        ({"rate": 1_000.0, "max_concurrent": 5}, True),  # what holds a slot may run on, elsewhere
+        ({"max_concurrent": 5}, True),
+    ],
+)
+def test_claims_are_synced_where_a_power_cut_could_break_a_limit(
+    bench: Bench, limits: dict[str, Any], synced: bool
+) -> None:
+    bench.put(QueueConfig(name="limited", **limits))
+
+    bench.deliver(1, queue="limited")
+
+    assert bench.store.begun == [synced]
+
+
 def settle_without_sync(bench: Bench, *ids: int) -> int:
     """Return when the engine wants its next turn."""
     bench.store.on_disk = True
