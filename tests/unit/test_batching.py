@@ -248,7 +248,7 @@ def test_request_stays_small(what: str) -> None:
 
 
 def test_no_batch_follows_one_that_has_no_answer_for_a_second() -> None:
-    made = target(*many(24))
+    made = target(*many(24), took=400)
     made.batches["on its way"] = NOW
 
     assert len(made.take_together(NOW + SECOND)) > 1
