@@ -20,21 +20,16 @@ from urllib.parse import urlsplit
 import pycurl
 
 from deferlib.batch import ANSWER_BYTES, PATIENCE, Told, told
-from deferlib.core.model import MINUTE, SECOND, Delivery, Kind, Micros, Result
+from deferlib.core.model import Delivery, Kind, Micros, Result
 from deferlib.core.verdict import MISMATCHED, UNTRUSTED
 from deferlib.engine import retry_after
-from deferlib.engine.batching import BYTES, Batching
-from deferlib.engine.lines import Lines
+from deferlib.engine.target import Target
 from deferlib.engine.transport import ERROR_LENGTH, Request
-from deferlib.engine.window import Window
 
 _Address: TypeAlias = tuple[str | int, ...]  # both ends of a connection, as libcurl tells them
 Kept: TypeAlias = "dict[_Address, select.poll]"
 Covers: TypeAlias = Callable[[str, int], bool]  # whether a connection to an address and a port may be opened
 
-LATELY: Micros = MINUTE
-HELD_UP: Micros = SECOND
-FIRST_PACE: Micros = 1_000_000  # assumed of a target that has not answered yet: no look-ahead
 CONNECTIONS = 4096  # kept open for later requests
 HEADER_BYTES = 32 * 1024  # of an answer, interim ones included
 HEADER_LINES = 100
@@ -50,94 +45,6 @@ _CONTROL = re.compile(r"[\x00-\x20\x7f-\xa0\u200e\u200f\u2028-\u202e\u2066-\u206
 _TOOK = re.compile(rb"[0-9]{1,12}\Z")
 _REFUSALS = (UNTRUSTED.encode(), MISMATCHED.encode())
 _OUTCOME = re.compile(rb"[a-z-]{1,40}\Z")
-
-
-class Target:
-    """A base URL: its slots, and what waits for them."""
-
-    __slots__ = (
-        "_queue",
-        "batches",
-        "batching",
-        "flying",
-        "free",
-        "lines",
-        "name",
-        "pace",
-        "shared_until",
-        "waiting",
-        "window",
-    )
-
-    def __init__(self, base: str, concurrency: int, batching: Batching) -> None:
-        scheme, _, rest = base.partition("://")
-        self.name = f"{scheme}://{rest.rpartition('@')[2]}"  # for people: without a password
-        self.free = concurrency
-        self.lines = Lines()
-        self.waiting = 0  # deliveries in them
-        self.pace: Micros = FIRST_PACE  # moving average of how long a slot is taken by a delivery
-        self.batching = batching
-        self.batches: dict[object, Micros] = {}  # that are on their way, and since when; the oldest first
-        self.flying = 0  # requests without an answer
-        self.shared_until: Micros = 0  # when its last queue change is forgotten
-        self._queue = ""  # of what was put last
-        self.window: Window | None = None  # None while its handler hasn't said how long calls take
-
-    @property
-    def open(self) -> int:
-        """How many requests more it may have."""
-        return self.free if self.window is None else min(self.free, int(self.window.size) - self.flying)
-
-    def put(self, delivery: Delivery, now: Micros = 0) -> None:
-        """Let *delivery* wait for a slot, from *now* on."""
-        self.lines.put(delivery)
-        self.waiting += 1
-        queue = delivery.claim.queue
-        if queue != self._queue:
-            self.shared_until = now + LATELY if self._queue else 0
-            self._queue = queue
-
-    def put_back(self, delivery: Delivery) -> None:
-        """Let *delivery*, which was taken and didn't start, wait before the others of its queue."""
-        self.lines.put_back(delivery)
-        self.waiting += 1
-
-    def take(self) -> Delivery:
-        """Return whose turn it is; only while something waits."""
-        self.waiting -= 1
-        return self.lines.take()
-
-    def take_together(self, now: Micros = 0) -> list[Delivery]:
-        """Return whose turn it is, and what of the same queue goes with it in one request; only while something waits."""
-        first = self.take()
-        taken, batching = [first], self.batching
-        expected = batching.expected(first.claim) if self.waiting and not self._held_up(now) else None
-        if expected is None:
-            return taken
-        queue, size = first.claim.queue, 0
-        most, time = batching.size(self.waiting, expected), expected
-        while len(taken) < most and (following := self.lines.peek(queue)) is not None:
-            expected = batching.expected(following.claim)
-            if expected is None or following.deadline != first.deadline:  # one that hangs is cut off with its request
-                break
-            claim = following.claim
-            time += expected
-            size += len(claim.body) + len(claim.headers) + len(claim.name or "")
-            if time > batching.longest or size > BYTES:
-                break
-            taken.append(self.lines.follow(queue))
-            self.waiting -= 1
-        return taken
-
-    def _held_up(self, now: Micros) -> bool:
-        """Tell whether a batch has no answer for so long that no others should follow it."""
-        return bool(self.batches) and now - next(iter(self.batches.values())) > HELD_UP
-
-    def drop(self, fence: tuple[int, int]) -> None:
-        """Forget what waits of this claim."""
-        if self.waiting:
-            self.lines.keep(lambda delivery: delivery.claim[:2] != fence)
-            self.waiting = sum(1 for _ in self.lines)
 
 
 class _Lent:

@@ -17,7 +17,8 @@ import pycurl
 
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
 from deferlib.engine.batching import MOST, Batching
-from deferlib.engine.exchange import CONNECTIONS, Covers, Exchange, Kept, Target, authorities, plain
+from deferlib.engine.exchange import CONNECTIONS, Covers, Exchange, Kept, authorities, plain
+from deferlib.engine.target import Target
 from deferlib.engine.transport import Request
 from deferlib.engine.wake import IN, OUT, Waker, new_poller
 from deferlib.engine.window import Window

@@ -13,7 +13,7 @@ from deferlib.core.model import SECOND, Delivery
 from deferlib.deferred import DEFAULT_URL
 from deferlib.engine import batching
 from deferlib.engine.batching import ENOUGH, LONGEST, QUICK, REFUSED, Batching
-from deferlib.engine.exchange import Target
+from deferlib.engine.target import Target
 from tests.unit.batches import BASE, DEADLINE, NOW, call_of, claim_of, delivery, headers_text, request_of
 
 CALL = call_of(claim_of(1), textwrap.dedent, "x")
