@@ -80,6 +80,7 @@ class Exchange:
     deliveries: Sequence[Delivery]
     target: Target
     started: Micros
+    windowed: bool  # counts in its target's window
     stale: bool  # nothing was sent, because the connection to be reused was dead: start again
 
     def __init__(

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pycurl
 
 from deferlib.core.model import SECOND, Delivery, Kind, Micros, Result
+from deferlib.deferred import DEFAULT_URL
 from deferlib.engine.batching import MOST, Batching
 from deferlib.engine.exchange import CONNECTIONS, Covers, Exchange, Kept, authorities, plain
 from deferlib.engine.target import Target
 from deferlib.engine.transport import Request
 from deferlib.engine.wake import IN, OUT, Waker, new_poller
-from deferlib.engine.window import Window
+from deferlib.engine.window import STALL, Window
 from deferlib.outbound import NOWHERE
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class HttpTransport:
         self._kept: Kept = {}
         self._targets: dict[str, Target] = {}
         self._fresh: set[Target] = set()  # that have got something to start
+        self._held: set[Target] = set()  # where something waits though slots are free
         self._running: dict[Any, Exchange] = {}  # by easy handle
         self._covers = covers
         self._idle: list[Exchange] = []
@@ -162,8 +164,11 @@ class HttpTransport:
 
     def _work(self, until: Micros) -> None:
         while not self._results:
-            patience = (until - self._clock.now()) / SECOND
-            woken = self._poll(min(max(patience, 0.0), LONGEST_POLL))
+            now = self._clock.now()
+            patience = (until - now) / SECOND
+            if self._held:
+                self._probe(now)
+            woken = self._poll(min(max(patience, 0.0), STALL / SECOND if self._held else LONGEST_POLL))
             if woken or patience <= 0:
                 return
         if self._poll(0.0):  # a turn's transaction costs much more than a poll: let it settle all that is there
@@ -185,6 +190,7 @@ class HttpTransport:
             return
         self._closed = True
         self._targets.clear()
+        self._held.clear()
         for exchange in list(self._running.values()):
             self._end(exchange)
         for exchange in (*self._idle, *self._idle_abroad):
@@ -225,7 +231,8 @@ class HttpTransport:
             ]
             return
         target.free -= 1
-        target.flying += 1
+        exchange.windowed = deliveries[0].claim.url == DEFAULT_URL  # others don't tell what they take
+        target.flying += exchange.windowed
         if len(deliveries) > 1:
             target.batches[exchange] = now
         self._running[exchange.handle] = exchange
@@ -239,13 +246,23 @@ class HttpTransport:
     def _refill(self, target: Target) -> None:
         while target.waiting and target.open > 0:
             self._start(target, target.take_together(self._clock.now()))
+        if target.waiting and target.free > 0:
+            self._held.add(target)
+        else:
+            self._held.discard(target)
+
+    def _probe(self, now: Micros) -> None:
+        """Let one more go to targets that are full, and have answered nothing for a while."""
+        for target in list(self._held):
+            if target.window is not None and target.window.stalled(now):
+                self._refill(target)
 
     def _end(self, exchange: Exchange) -> None:
         del self._running[exchange.handle]
         self._multi.remove_handle(exchange.handle)
         (self._idle if exchange.covers is None else self._idle_abroad).append(exchange)
         exchange.target.free += 1
-        exchange.target.flying -= 1
+        exchange.target.flying -= exchange.windowed
         exchange.target.batches.pop(exchange, None)
 
     # --- driving libcurl ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Target:
         self.pace: Micros = FIRST_PACE  # moving average of how long a slot is taken by a delivery
         self.batching = batching
         self.batches: dict[object, Micros] = {}  # that are on their way, and since when; the oldest first
-        self.flying = 0  # requests without an answer
+        self.flying = 0  # requests without an answer, of calls at the handler's URL
         self.shared_until: Micros = 0  # when its last queue change is forgotten
         self._queue = ""  # of what was put last
         self.window: Window | None = None  # None while its handler hasn't said how long calls take

@@ -12,16 +12,19 @@ from deferlib.core.model import SECOND, Micros
 WAIT: Micros = 2_500  # in the server: enough to keep it busy until the next request arrives, once the engine is back
 SHARED: Micros = 1_000  # where several queues come to it: less of its time is used (a fifth, of no-op calls)
 LEAST = 2.0  # requests
+STALL: Micros = SECOND // 50  # without any answer: one more goes, for what is there may take long and hold up nobody
 _LATELY: Micros = 30 * SECOND  # the best case is that of the last one to two of these
 
 
 class Window:
     """One target's window: it grows while requests hardly wait there, and shrinks when they do."""
 
-    __slots__ = ("_best", "_former", "_until", "size")
+    __slots__ = ("_best", "_former", "_most", "_moved", "_until", "size")
 
-    def __init__(self, size: int) -> None:
-        self.size = float(max(size, LEAST))  # requests
+    def __init__(self, most: int) -> None:
+        self._most = max(float(most), LEAST)
+        self.size = self._most  # requests
+        self._moved: Micros = 0  # when the last answer came
         self._best: Micros | None = None
         self._former: Micros | None = None
         self._until: Micros = 0
@@ -31,6 +34,7 @@ class Window:
 
         *full* if more would go at once, *shared* if the calls of other queues may have to wait for these.
         """
+        self._moved = now
         waited = max(waited, 0)
         if not self._until - _LATELY <= now < self._until:
             self._former, self._best, self._until = self._best, None, now + _LATELY
@@ -39,7 +43,19 @@ class Window:
         enough = SHARED if shared else WAIT
         if extra <= enough:
             if full:
-                self.size += 1 / self.size  # one more in each round
+                self.size = min(self.size + 1 / self.size, self._most)  # one more in each round
         elif extra > 2 * enough:
             # Where requests wait longer than they run, most of them do.
             self.size = max(self.size - (0.5 if extra > took + 4 * enough else 0.1), LEAST)
+
+    def stalled(self, now: Micros) -> bool:
+        """Tell whether one more request may go although the window is full, because no answer has come for a while.
+
+        Else a few long calls would hold up all others of a server that has threads for them. One without gets as many as
+        there are slots, and shrinks the window with its next answers.
+        """
+        if now - self._moved < STALL or self.size >= self._most:
+            return False
+        self._moved = now
+        self.size = min(self.size + 1, self._most)
+        return True

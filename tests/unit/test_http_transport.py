@@ -20,6 +20,7 @@ from deferlib.core.model import SECOND, Claim, Delivery, Kind, Micros, Result
 from deferlib.engine.http import HttpTransport
 from deferlib.engine.transport import ERROR_LENGTH, Request
 from deferlib.engine.wake import Waker
+from deferlib.engine.window import LEAST, Window
 from tests.unit.bad_servers import (
     CERTIFICATE,
     OK,
@@ -721,6 +722,30 @@ def test_queues_take_turns_in_the_line_for_a_slot(make: Make) -> None:
         results = sorted(collect(transport, 7), key=lambda result: result.started)
 
     assert [result.id for result in results] == [6, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("url", ["/_ah/queue/deferred", "/view"])
+def test_long_calls_dont_hold_up_others_of_a_server_that_has_workers_for_them(make: Make, url: str) -> None:
+    transport = make(concurrency=8)
+
+    def script(connection: Connection) -> None:
+        while received := connection.read():
+            if received.body == b"long":
+                connection.hold()
+                return
+            connection.write(OK)
+
+    with serving(script) as server:
+        deliver_one(transport, server.base)
+        target = transport._targets[server.base]
+        target.window = Window(8)
+        target.window.size = LEAST
+        for id in range(4):
+            claim = delivery(server.base, id)
+            transport.send(claim._replace(claim=claim.claim._replace(url=url, body=b"long")))
+        transport.send(delivery(server.base, 5))
+
+        assert collect(transport, 1)[0].id == 5
 
 
 def test_withdraw_returns_what_has_not_started(make: Make) -> None:

@@ -7,7 +7,7 @@ import heapq
 import pytest
 
 from deferlib.core.model import SECOND, Micros
-from deferlib.engine.window import LEAST, SHARED, WAIT, Window
+from deferlib.engine.window import LEAST, SHARED, STALL, WAIT, Window
 
 
 def served(
@@ -104,6 +104,19 @@ def test_a_window_grows_only_while_more_would_go() -> None:
         window.answered(now, 10, 10, full=False, shared=False)
 
     assert window.size == 8
+
+
+def test_without_answers_one_more_goes_now_and_then() -> None:
+    window = Window(4)
+    for now in range(100):
+        window.answered(now, 0 if now == 0 else 60 * SECOND, 10, full=True, shared=False)
+    assert window.size == LEAST == 2
+
+    assert not window.stalled(99 + STALL - 1)
+    assert window.stalled(99 + STALL)
+    assert not window.stalled(99 + STALL + 1)
+    assert window.stalled(99 + 2 * STALL)
+    assert not window.stalled(SECOND), "as many as there are slots"
 
 
 def test_a_window_never_closes() -> None:
