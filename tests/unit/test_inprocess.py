@@ -222,7 +222,9 @@ def test_app_whose_startup_fails_says_why_and_leaves_nothing_behind() -> None:
     ):
         pass
     left = [
-        thread for thread in threading.enumerate() if thread.name.startswith("deferlib-") and "unserved" not in thread.name
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("deferlib-") and not any(kept in thread.name for kept in ("unserved", "batches"))
     ]
     for thread in left:  # an idle pool's threads are told to end; nobody waits for them
         thread.join(10)
