@@ -62,11 +62,12 @@ class Series:
 class Relay:
     """Runs a series: *perform* is called for each of its calls, in a copy of the present context."""
 
-    __slots__ = ("_context", "_perform", "helpers", "series", "taken")
+    __slots__ = ("_context", "_perform", "error", "helpers", "series", "taken")
 
     def __init__(self, series: Series, perform: Callable[[Part, Dispatch], tuple[int, str, str]]) -> None:
         self.series = series
         self.helpers: list[threading.Thread] = []
+        self.error: BaseException | None = None  # that ended a helper: no failure of a call ends one
         self.taken = 0
         self._perform = perform
         self._context = copy_context()
@@ -83,6 +84,8 @@ class Relay:
             _watcher.remove(self)  # from here on no helper comes
         for helper in self.helpers:
             helper.join()
+        if self.error is not None:  # what it ran would count as not begun
+            raise self.error
         return self.series.answers
 
     def work(self, *, late: bool = False) -> None:
@@ -139,6 +142,8 @@ class _Watcher:
     def _work(self, relay: Relay) -> None:
         try:
             relay.work(late=True)
+        except BaseException as error:
+            relay.error = error
         finally:
             with self._lock:
                 self._helpers -= 1

@@ -209,7 +209,9 @@ class HttpTransport:
 
     def _new_target(self, base: str) -> Target:
         if len(self._targets) >= 1024:  # a template of targets can name any number
-            self._targets = {key: kept for key, kept in self._targets.items() if kept.free < self._concurrency}
+            self._targets = {
+                key: kept for key, kept in self._targets.items() if kept.waiting or kept.free < self._concurrency
+            }
         target = self._targets[base] = Target(base, self._concurrency, Batching(self._batch))
         return target
 
@@ -254,8 +256,8 @@ class HttpTransport:
     def _probe(self, now: Micros) -> None:
         """Let one more go to targets that are full, and have answered nothing for a while."""
         for target in list(self._held):
-            if target.window is not None and target.window.stalled(now):
-                self._refill(target)
+            if not target.waiting or (target.window is not None and target.window.stalled(now)):
+                self._refill(target)  # and where nothing waits any more, because it was taken back, it isn't held
 
     def _end(self, exchange: Exchange) -> None:
         del self._running[exchange.handle]

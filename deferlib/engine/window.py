@@ -54,7 +54,7 @@ class Window:
         Else a few long calls would hold up all others of a server that has threads for them. One without gets as many as
         there are slots, and shrinks the window with its next answers.
         """
-        if now - self._moved < STALL or self.size >= self._most:
+        if 0 <= now - self._moved < STALL or self.size >= self._most:
             return False
         self._moved = now
         self.size = min(self.size + 1, self._most)

@@ -88,6 +88,16 @@ def test_two_long_calls_hold_up_nobody_either(send: Post) -> None:
     assert RAN == [3, "waited", "waited"]
 
 
+def interrupt() -> None:
+    GATE.set()
+    raise KeyboardInterrupt
+
+
+def test_what_ends_a_helper_ends_the_request() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(THREADED, [delivery(1, wait_for_the_last), delivery(2, interrupt)])
+
+
 def test_helpers_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(series, "HELPERS", 1)
     threading.Timer(5 * series.LOOK, GATE.set).start()

@@ -748,6 +748,32 @@ def test_long_calls_dont_hold_up_others_of_a_server_that_has_workers_for_them(ma
         assert collect(transport, 1)[0].id == 5
 
 
+def test_targets_are_forgotten_only_where_nothing_waits(make: Make) -> None:
+    transport = make()
+    for port in range(1, 1_026):
+        transport.send(delivery(f"http://127.0.0.1:{port}", port))
+
+    assert len(transport.withdraw()) == 1_025
+
+
+def test_what_was_taken_back_holds_nothing(make: Make) -> None:
+    transport = make(concurrency=8, clock=StillClock())
+    with serving(Connection.hold) as server:
+        transport.send(delivery(server.base, 0, deadline=SHORT))
+        transport.wait(0)
+        transport._targets[server.base].window = window = Window(8)
+        window.answered(0, 0, 0, full=False, shared=False)  # it hasn't stalled
+        window.size = 0.0
+        transport.send(delivery(server.base, 1))
+        transport.wait(0)
+        assert transport._held
+
+        transport.withdraw()
+        collect(transport, 1)
+
+    assert not transport._held
+
+
 def test_withdraw_returns_what_has_not_started(make: Make) -> None:
     transport = make(concurrency=2)
     with serving(Connection.hold) as server:

@@ -119,6 +119,14 @@ def test_without_answers_one_more_goes_now_and_then() -> None:
     assert not window.stalled(SECOND), "as many as there are slots"
 
 
+def test_a_window_opens_also_after_the_clock_was_set_back() -> None:
+    window = Window(4)
+    window.size = LEAST
+    window.answered(1_000 * SECOND, 0, 10, full=False, shared=False)
+
+    assert window.stalled(0)
+
+
 def test_a_window_never_closes() -> None:
     window = Window(1)
     for now in range(1_000):
