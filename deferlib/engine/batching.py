@@ -29,11 +29,10 @@ _HEADERS = 1024  # characters of a task's own headers
 class Batching:
     """What is known of one target's calls."""
 
-    __slots__ = ("_calls", "_most", "_off_until", "_takes", "longest")
+    __slots__ = ("_calls", "_most", "_off_until", "_takes")
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self.longest: Micros = LONGEST  # for one request
         self._takes = False  # whether the target has said so
         self._off_until: Micros = 0
         self._calls: dict[bytes, _Pace] = {}  # by what they call

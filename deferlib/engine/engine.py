@@ -238,7 +238,7 @@ class Engine:
     def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
         """Tell whether what finished waits for more to be settled with it: each settle takes the database's lock.
 
-        Those who add tasks wait for that. Not where the turn is synced anyway, or somebody waits for the end.
+        Those who add tasks wait for that. Not where limited queues are claimed from, or somebody waits for the end.
         """
         if not self._unsettled or not 0 <= now - self._settled_at < self._gather or len(self._unsettled) >= _BATCH:
             return False

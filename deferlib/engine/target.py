@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deferlib.core.model import MINUTE, SECOND, Delivery, Micros
-from deferlib.engine.batching import BYTES, Batching
+from deferlib.engine.batching import BYTES, LONGEST, Batching
 from deferlib.engine.lines import Lines
 from deferlib.engine.window import Window
 
@@ -74,7 +74,7 @@ class Target:
             claim = following.claim
             time += expected
             size += len(claim.body) + len(claim.headers) + len(claim.name or "")
-            if time > batching.longest or size > BYTES:
+            if time > LONGEST or size > BYTES:
                 break
             taken.append(self.lines.follow(queue))
             self.waiting -= 1
