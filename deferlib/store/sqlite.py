@@ -18,6 +18,7 @@ import apsw
 
 from deferlib import errors
 from deferlib.store import sqlite_forks
+from deferlib.store.checkpointer import Checkpointer
 from deferlib.store.datagram import Hints
 from deferlib.store.fairlock import FairLock
 from deferlib.store.presence import Presence
@@ -35,6 +36,7 @@ MEMORY = ":memory:"
 # 190 to 300, because its new size has to be written as well. At 64 MB defer() did 2,400/s, so 4,500. An engine gives it
 # this size when it starts: the first 800 defer() after that took 330 µs each, so 225.
 _CHECKPOINT_PAGES = 2_000
+_COPIED_PAGES = 1_500  # where an engine has a thread for that: it is done before the log is longer
 _A_MOMENT = 0.25  # seconds to wait for others with what is for speed only
 _TORN = (
     "{}: this process was forked within a transaction of its parent, and shares locks with it that SQLite can't part. "
@@ -57,6 +59,8 @@ class SqliteStore:
         self._writer = Seat(busy_seconds)
         self._reader = self._writer if self._memory else Seat(busy_seconds)  # in memory the connection is the database
         self._poller = Seat(0)
+        self._copier = Seat(0)
+        self._checkpointer: Checkpointer | None = None  # in a process that serves the store
         self._line = Line()
         self._leaders = FairLock()  # of who writes for the line: from its turn on *writer* until that is synced
         self._watches: list[Watch] = []
@@ -201,7 +205,8 @@ class SqliteStore:
             with self._presence.serving(first):
                 with contextlib.suppress(errors.StoreError):  # whoever uses it next will tell
                     self._extend_log()
-                yield
+                with self._copying():
+                    yield
             return
         if not self._engines:
             first()
@@ -210,6 +215,47 @@ class SqliteStore:
             yield
         finally:
             self._engines -= 1
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Have a thread that does the checkpoints while the block lasts."""
+        if self._checkpointer is not None:  # another engine of this process has one
+            yield
+            return
+        checkpointer = self._checkpointer = Checkpointer(self._copy_log, _COPIED_PAGES)
+        checkpointer.start()
+        self._tell_checkpointer()
+        try:
+            yield
+        finally:
+            if self._checkpointer is checkpointer:  # a forked child has none
+                self._checkpointer = None
+                self._tell_checkpointer()
+                checkpointer.stop()
+                self._close(self._copier)
+
+    def _tell_checkpointer(self) -> None:
+        with contextlib.suppress(errors.StoreError), self._turn(self._writer):
+            assert self._writer.connection is not None
+            self._attend_log(self._writer.connection)
+
+    def _attend_log(self, connection: apsw.Connection) -> None:
+        """See to it that what *connection* writes into the log is copied into the database."""
+        if self._checkpointer is not None:
+            connection.set_wal_hook(self._checkpointer.committed)
+        else:
+            connection.wal_autocheckpoint(_CHECKPOINT_PAGES)
+
+    def _copy_log(self) -> tuple[int, int]:
+        """Do a checkpoint; return how many pages the log has, and how many of them are in the database by now."""
+        seat = self._copier
+        turn = seat.lock.acquire()
+        try:
+            return self._connection(seat).wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except (apsw.Error, errors.StoreError):  # busy: another process is at it; else whoever writes next will tell
+            return 0, 0
+        finally:
+            seat.lock.release(turn)
 
     def _extend_log(self) -> None:
         with self._turn(self._writer):
@@ -328,11 +374,19 @@ class SqliteStore:
         if watch in self._watches:  # a forked child has none
             self._watches.remove(watch)
         if not self._watches:
-            turn = self._poller.lock.acquire()
-            try:
-                self._poller.close()
-            finally:
-                self._poller.lock.release(turn)
+            self._close(self._poller)
+
+    @property
+    def _seats(self) -> tuple[Seat, ...]:
+        """Return them in the order in which who takes several takes their locks."""
+        return self._writer, self._reader, self._poller, self._copier
+
+    def _close(self, seat: Seat) -> None:
+        turn = seat.lock.acquire()
+        try:
+            seat.close()
+        finally:
+            seat.lock.release(turn)
 
     # --- connections ------------------------------------------------------------------------------------------------
 
@@ -364,7 +418,7 @@ class SqliteStore:
             else:
                 self._set_up(connection)
             if seat is self._writer:
-                connection.wal_autocheckpoint(_CHECKPOINT_PAGES)
+                self._attend_log(connection)
                 if seat.suspect:  # start a new log: what follows a lost frame in the old one would be lost with it
                     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
                     seat.suspect = False
@@ -400,16 +454,16 @@ class SqliteStore:
 
     @contextlib.contextmanager
     def _all_turns(self) -> Iterator[None]:
-        """Wait until nobody uses a connection. Who takes several of these takes them in this order: no deadlock."""
+        """Wait until nobody uses a connection."""
         with contextlib.ExitStack() as stack:
             if not self._leaders.mine():
                 stack.callback(self._leaders.release, self._leaders.acquire())
-            for lock in dict.fromkeys((self._writer.lock, self._reader.lock, self._poller.lock)):
+            for lock in dict.fromkeys(seat.lock for seat in self._seats):
                 stack.callback(lock.release, lock.acquire())
             yield
 
     def _close_connections(self) -> None:
-        for seat in (self._writer, self._reader, self._poller):
+        for seat in self._seats:
             seat.close()
 
     # --- fork -------------------------------------------------------------------------------------------------------
@@ -428,13 +482,14 @@ class SqliteStore:
         if not self._memory:
             if self._writer.connection is not None or self._reader.connection is not None:
                 sqlite_forks.torn.add(self.path)
-                for seat in (self._writer, self._reader, self._poller):
+                for seat in self._seats:
                     seat.abandon()
             self._hints = Hints(self.path)
         if self._presence is not None:
             self._presence.abandon()
-        for seat in (self._writer, self._reader, self._poller):
+        for seat in self._seats:
             seat.lock = FairLock()
+        self._checkpointer = None
         for watch in self._watches:
             watch.abandon()
         self._watches = []
