@@ -37,6 +37,9 @@ class Gate:
     def room(self, base: str) -> int:
         return self._transport.room(base) if self._open or base != self._base else 0
 
+    def passes(self, base: str, queue: str) -> bool:
+        return (self._open or base != self._base) and self._transport.passes(base, queue)
+
     def send(self, delivery: Delivery) -> None:
         self._transport.send(delivery)
         if delivery.base == self._base:

@@ -8,7 +8,7 @@ through `settled`, `claimed` and `finished`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter, itemgetter
@@ -42,7 +42,7 @@ from deferlib.errors import InvalidUrlError
 
 CLAIM_BYTES = 4 * 1024 * 1024  # what one claim takes of one queue, in bytes of bodies
 CLAIM = 256  # how many tasks a turn claims of a queue at most: 15 ms, in which nothing else happens
-CLAIM_BESIDE = 64  # where other queues use the same target: theirs may have to wait for a whole turn
+CLAIM_BESIDE = 32  # where other queues use the same target: theirs may have to wait for a whole turn
 RESTART: Micros = 2 * SECOND  # no machine is back sooner after a power cut
 FAST_CLAIM = 100  # how many tasks that don't wait for a slot a turn fails at most
 NEVER: Micros = 2**62
@@ -120,6 +120,11 @@ class Scheduler:
         live = [queue for queue in self._queues.values() if queue.config.mode is Mode.PUSH and not queue.disabled]
         self._sharing.queues = Counter(map(self._base, live))
 
+    def quiet(self, now: Micros) -> list[str]:
+        """Return the queues that have nothing due, as far as is known, where others have a backlog."""
+        names = [name for name, queue in self._queues.items() if queue.look_at > now]
+        return names if any(queue.backlogged(now) for queue in self._queues.values()) else []
+
     def woken(self, now: Micros) -> list[str]:
         """Take a hint: any queue may have something due. Returns those where that isn't known."""
         for queue in self._queues.values():
@@ -140,15 +145,18 @@ class Scheduler:
         """Claim nothing from now on."""
         self._draining = True
 
-    def plan(self, now: Micros, room: Callable[[str], int]) -> list[ClaimSpec]:
+    def plan(self, now: Micros, room: Callable[[str], int], only: Collection[str] | None = None) -> list[ClaimSpec]:
         """Return how much of which queue to claim at *now*; *room* tells how many deliveries a base URL can still take.
+
+        *only* are the names of the queues to claim from, if not all.
 
         Changes no state. Queues share the room evenly, those that come short first in the next turn; beyond its share of
         all that the target takes a queue leaves some to others.
         """
         if self._draining:
             return []
-        ready = [queue for queue in self._queues.values() if queue.look_at <= now and queue.hold(now) is None]
+        queues = self._queues.values() if only is None else [self._queues[name] for name in only if name in self._queues]
+        ready = [queue for queue in queues if queue.look_at <= now and queue.hold(now) is None]
         if not ready:
             return []
         ready.sort(key=_served)  # who was served longest ago comes first, and so does who comes short
@@ -163,6 +171,25 @@ class Scheduler:
                 left[base] -= count
                 specs.append(self._spec(queue, count, now))
         return specs
+
+    def plan_beside(
+        self, now: Micros, room: Callable[[str], int], passes: Callable[[str, str], bool], names: Collection[str]
+    ) -> list[ClaimSpec]:
+        """Return how much to claim of the queues *names*, which had nothing due, beside the backlog of others.
+
+        As `plan` does, and one of each queue that found no room, if it has nothing on its way and *passes*, called with a
+        base URL and the queue, tells that it wouldn't have to wait for what is in line there. Changes no state.
+        """
+        specs = self.plan(now, room, names)
+        planned = {spec.queue for spec in specs}
+        for name in names:
+            queue = self._queues.get(name)
+            if queue is None or name in planned or self._draining or queue.look_at > now or queue.hold(now) is not None:
+                continue
+            base = self._base(queue)
+            if self._sharing.idle(base, name) and self._health.room(base, now, 1) and passes(base, name):
+                specs.append(self._spec(queue, min(1, queue.allowance(now)), now))
+        return [spec for spec in specs if spec.limit]
 
     def full(self, now: Micros, room: Callable[[str], int]) -> list[str]:
         """Return the queues without a free slot where a fail-fast task may be due: those tasks don't wait for one.

@@ -57,6 +57,10 @@ class Sharing:
         mine = self._queues.get((base, queue), 0)
         return min(free, max(-(-room // count) - mine, free - (room + _PART // 2) // _PART, 0))
 
+    def idle(self, base: str, queue: str) -> bool:
+        """Tell whether *queue* has nothing on its way to *base*."""
+        return (base, queue) not in self._queues
+
     def alone(self, base: str, queue: str) -> bool:
         """Tell whether no other queue than *queue* has used *base* lately."""
         users = self._used.get(base, ())

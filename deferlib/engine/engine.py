@@ -94,6 +94,8 @@ class Engine:
         self._told = ""  # by the note in the store, of what is slowed
         self._told_at: Micros = 0
         self._hinted = True
+        self._pressing: Sequence[str] = ()  # queues where something has come beside the backlog of others, not yet claimed
+        self._expressed = False  # in the turn before this one
         self._reread_at: Micros = 0
         self._sweep_at: Micros = clock.now() + _SWEEP
         self._stop_at: Micros | None = None
@@ -213,6 +215,10 @@ class Engine:
         settle that was committed after all changes nothing when repeated), claims that were committed after all run out.
         """
         now = self._clock.now()
+        self._take_hint(now)
+        if self._pressing and not self._expressed and not self._rereads(now) and self._express(now):
+            return now
+        self._expressed, self._pressing = False, ()
         self._sync_if_due(now)
         self._look(now)
         self._judge(now)
@@ -221,11 +227,7 @@ class Engine:
         settling = [] if self._gathers(now, specs) else self._unsettled[:]
         outcomes = settling + self._scheduler.renewals(now)
         if outcomes or specs:  # an idle turn opens no transaction
-            self._transacting = True
-            try:
-                self._transact(now, outcomes, specs)
-            finally:
-                self._transacting = False
+            self._transact(now, outcomes, specs)
             if settling:
                 del self._unsettled[: len(settling)]  # only now: a failed begin or commit loses no outcome
                 self._settled_at = now
@@ -234,6 +236,34 @@ class Engine:
             self._send()
             now = self._clock.now()
         return self._wake_at(now)
+
+    def _take_hint(self, now: Micros) -> None:
+        """Look where a hint may be about something: in all queues, or beside a backlog in those that had nothing due."""
+        if not self._hinted:
+            return
+        self._hinted = False
+        quiet = self._scheduler.quiet(now)
+        names = self._scheduler.woken(now)
+        if not quiet and len(names) <= _FEW_QUEUES:  # to claim in vain is cheaper than to look
+            return
+        names = quiet or names
+        with self._store.read() as tx:
+            due = tx.next_due(names)
+        self._scheduler.looked_all(names, due)
+        if quiet:
+            self._pressing = [name for name in quiet if name in due and due[name] <= now]
+
+    def _express(self, now: Micros) -> bool:
+        """Claim and send what has come beside a backlog; tell whether there was room. The rest waits for the next turn.
+
+        So it waits for none of what that has to settle, to claim and to send. Not twice in a row, or nothing else is done.
+        """
+        specs = self._scheduler.plan_beside(now, self._transport.room, self._transport.passes, self._pressing)
+        if specs:
+            self._expressed = True
+            self._transact(now, (), specs)
+            self._send()
+        return bool(specs)
 
     def _gathers(self, now: Micros, specs: Sequence[ClaimSpec]) -> bool:
         """Tell whether what finished waits for more to be settled with it: each settle takes the database's lock.
@@ -277,6 +307,13 @@ class Engine:
                 self._observer.ended(now, claim, result, outcome)
 
     def _transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
+        self._transacting = True
+        try:
+            self._do_transact(now, outcomes, specs)
+        finally:
+            self._transacting = False
+
+    def _do_transact(self, now: Micros, outcomes: Sequence[Outcome], specs: Sequence[ClaimSpec]) -> None:
         """Do a turn's one transaction, tell the scheduler what came of it, and put what to send into the outbox."""
         peeked = self._scheduler.peeks(specs)
         # A power cut mustn't give a limited queue's tokens back, and at the end somebody waits for what was settled.
@@ -372,14 +409,8 @@ class Engine:
     # --- beside the path --------------------------------------------------------------------------------------------
 
     def _look(self, now: Micros) -> None:
-        """Do what is due now and then: take hints, reread the queues, sweep."""
-        if self._hinted:
-            self._hinted = False
-            names = self._scheduler.woken(now)
-            if len(names) > _FEW_QUEUES:  # to look is cheaper than to claim in vain
-                with self._store.read() as tx:
-                    self._scheduler.looked_all(names, tx.next_due(names))
-        if now >= self._reread_at or now < self._reread_at - _REREAD:  # or the clock was set back
+        """Do what is due now and then: reread the queues, sweep."""
+        if self._rereads(now):
             self._scheduler.configure(self._rows(now))
             self._reread_at = now + _REREAD
             for recovered in self._scheduler.recovered(now):
@@ -393,6 +424,9 @@ class Engine:
                     tx.put_note(name, "")
             if swept:
                 self._sweep_at = now + SECOND // 10
+
+    def _rereads(self, now: Micros) -> bool:
+        return now >= self._reread_at or now < self._reread_at - _REREAD  # or the clock was set back
 
     def _note(self, now: Micros) -> None:
         """Leave a note of what is slowed, once it has changed, and every so often: an old one is a killed engine's."""

@@ -87,6 +87,7 @@ class HttpTransport:
         self._idle: list[Exchange] = []
         self._idle_abroad: list[Exchange] = []  # those for absolute URLs
         self._results: list[Result] = []
+        self._hurried = False  # the last `wait` was over at once, for a wake
         self._closed = False
         self._waker = Waker()
         self._poller = new_poller()
@@ -115,9 +116,18 @@ class HttpTransport:
         ahead = min(parallel * LOOK_AHEAD // max(target.pace, 1), MOST_AHEAD)
         return max(0, target.open - target.waiting + ahead)
 
+    def passes(self, base: str, queue: str) -> bool:
+        """Tell whether one of *queue* would start at once, past what waits for *base*."""
+        target = self._targets.get(base)
+        return target is None or target.lets_by(queue)
+
     def send(self, delivery: Delivery) -> None:
         """Start *delivery*, or let it wait for a slot of its target."""
         target = self._targets.get(delivery.base) or self._new_target(delivery.base)
+        if target.lets_by(delivery.claim.queue):
+            target.sees(delivery.claim.queue, self._left)
+            self._start(target, [delivery])
+            return
         target.put(delivery, self._left)
         self._fresh.add(target)
 
@@ -154,6 +164,11 @@ class HttpTransport:
 
     def wait(self, until: Micros) -> None:
         """Work until there is a result, a wake, or the clock reaches *until*; take all that is ready by then."""
+        if self._waker.is_set and not self._hurried:  # to start what was sent takes a millisecond: what it is about first
+            self._waker.clear()
+            self._hurried = True
+            return
+        self._hurried = False
         self._absent += self._clock.now() - self._left
         for target in self._fresh:
             self._refill(target)
@@ -232,9 +247,8 @@ class HttpTransport:
                 Result(claim.id, claim.claims, Kind.UNFIT, now, now, 0, "", text) for claim, _, _ in deliveries
             ]
             return
-        target.free -= 1
         exchange.windowed = deliveries[0].claim.url == DEFAULT_URL  # others don't tell what they take
-        target.flying += exchange.windowed
+        target.begin(deliveries[0].claim.queue, exchange.windowed)
         if len(deliveries) > 1:
             target.batches[exchange] = now
         self._running[exchange.handle] = exchange
@@ -263,8 +277,7 @@ class HttpTransport:
         del self._running[exchange.handle]
         self._multi.remove_handle(exchange.handle)
         (self._idle if exchange.covers is None else self._idle_abroad).append(exchange)
-        exchange.target.free += 1
-        exchange.target.flying -= exchange.windowed
+        exchange.target.end(exchange.deliveries[0].claim.queue, exchange.windowed)
         exchange.target.batches.pop(exchange, None)
 
     # --- driving libcurl ---------------------------------------------------------------------------------------------

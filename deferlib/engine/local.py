@@ -84,6 +84,9 @@ class LocalTransport:
         ahead = min(_MAX_LOOKAHEAD, int(usable * _LOOKAHEAD / max(self._mean, 1.0)))
         return max(0, self._threads + ahead - self._taken)
 
+    def passes(self, base: str, queue: str) -> bool:
+        return self._stuck < self._threads and self._lines.peek(queue) is None  # the next thread takes it: lines take turns
+
     def send(self, delivery: Delivery) -> None:
         self._taken += 1
         self._lines.put(delivery)

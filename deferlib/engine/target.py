@@ -9,6 +9,7 @@ from deferlib.engine.window import Window
 
 FIRST_PACE: Micros = 1_000_000  # assumed of a target that has not answered yet: no look-ahead
 LATELY: Micros = MINUTE  # since when a target counts as one that several queues use
+BEYOND = 2  # requests more than its window has, for queues that have nothing on its way
 HELD_UP: Micros = SECOND  # without an answer to a batch: others don't follow it
 
 
@@ -17,7 +18,7 @@ class Target:
 
     __slots__ = (
         *("_queue", "batches", "batching", "flying", "free", "lines", "name", "pace", "shared_until", "waiting"),
-        "window",
+        *("under_way", "window"),
     )
 
     def __init__(self, base: str, concurrency: int, batching: Batching) -> None:
@@ -30,6 +31,7 @@ class Target:
         self.batching = batching
         self.batches: dict[object, Micros] = {}  # that are on their way, and since when; the oldest first
         self.flying = 0  # requests without an answer, of calls at the handler's URL
+        self.under_way: dict[str, int] = {}  # requests without an answer, of each queue
         self.shared_until: Micros = 0  # when its last queue change is forgotten
         self._queue = ""  # of what was put last
         self.window: Window | None = None  # None while its handler hasn't said how long calls take
@@ -43,10 +45,38 @@ class Target:
         """Let *delivery* wait for a slot, from *now* on."""
         self.lines.put(delivery)
         self.waiting += 1
-        queue = delivery.claim.queue
+        self.sees(delivery.claim.queue, now)
+
+    def sees(self, queue: str, now: Micros) -> None:
+        """Take that something of *queue* comes here."""
         if queue != self._queue:
             self.shared_until = now + LATELY if self._queue else 0
             self._queue = queue
+
+    def lets_by(self, queue: str) -> bool:
+        """Tell whether the next of *queue* passes the line: others wait there, or keep the server busy, and it doesn't.
+
+        Alone, and beyond the window: its server begins it as soon as what it works on is done.
+        """
+        if self.free <= 0 or queue in self.under_way or self.lines.peek(queue) is not None:
+            return False
+        return (self.waiting > 0 or self.open <= 0) and (
+            self.window is None or self.flying < int(self.window.size) + BEYOND
+        )
+
+    def begin(self, queue: str, windowed: bool) -> None:
+        """Take a slot for a request of *queue*."""
+        self.free -= 1
+        self.flying += windowed
+        self.under_way[queue] = self.under_way.get(queue, 0) + 1
+
+    def end(self, queue: str, windowed: bool) -> None:
+        """Give it back."""
+        self.free += 1
+        self.flying -= windowed
+        left = self.under_way[queue] = self.under_way[queue] - 1
+        if not left:
+            del self.under_way[queue]
 
     def put_back(self, delivery: Delivery) -> None:
         """Let *delivery*, which was taken and didn't start, wait before the others of its queue."""

@@ -28,6 +28,9 @@ class Transport(Protocol):
     def room(self, base: str) -> int:
         """Return how many more deliveries to *base* would start at once (or within milliseconds)."""
 
+    def passes(self, base: str, queue: str) -> bool:
+        """Tell whether one of *queue*, if it has nothing there, would start before what waits, at once or almost."""
+
     def send(self, delivery: Delivery) -> None:
         """Take a delivery; its `Result` comes with `results`. Never blocks."""
 

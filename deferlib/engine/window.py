@@ -10,8 +10,8 @@ from __future__ import annotations
 from deferlib.core.model import SECOND, Micros
 
 WAIT: Micros = 2_500  # in the server: enough to keep it busy until the next request arrives, once the engine is back
-SHARED: Micros = 1_000  # where several queues come to it: less of its time is used (a fifth, of no-op calls)
-LEAST = 2.0  # requests
+SHARED: Micros = 300  # where several queues come to it, or a quarter of what the calls take
+LEAST = 2.0  # requests; where several queues come, one: then the next one of a quiet queue waits for half of it on average
 STALL: Micros = SECOND // 50  # without any answer: one more goes, for what is there may take long and hold up nobody
 _LATELY: Micros = 30 * SECOND  # the best case is that of the last one to two of these
 
@@ -40,13 +40,13 @@ class Window:
             self._former, self._best, self._until = self._best, None, now + _LATELY
         self._best = waited if self._best is None else min(self._best, waited)
         extra = waited - (self._best if self._former is None else min(self._best, self._former))
-        enough = SHARED if shared else WAIT
+        enough, least = (max(SHARED, took // 4), 1.0) if shared else (WAIT, LEAST)
         if extra <= enough:
             if full:
                 self.size = min(self.size + 1 / self.size, self._most)  # one more in each round
         elif extra > 2 * enough:
             # Where requests wait longer than they run, most of them do.
-            self.size = max(self.size - (0.5 if extra > took + 4 * enough else 0.1), LEAST)
+            self.size = max(self.size - (0.5 if extra > took + 4 * enough else 0.1), least)
 
     def stalled(self, now: Micros) -> bool:
         """Tell whether one more request may go although the window is full, because no answer has come for a while.

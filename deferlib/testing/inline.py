@@ -33,6 +33,9 @@ class InlineTransport:
     def room(self, base: str) -> int:
         return 0 if self._waiting or self.full else 1
 
+    def passes(self, base: str, queue: str) -> bool:
+        return False  # one at a time
+
     def send(self, delivery: Delivery) -> None:
         self._waiting.append(delivery)
 

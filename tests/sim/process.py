@@ -53,6 +53,7 @@ class Node:
         self.trouble_at: Micros = world.now  # when something last went wrong with it
         self.idle_turns = 0  # in a row, without a moment between them
         self.owed: set[Fence] = set()  # answers it took and hasn't settled
+        self.hurried = False  # its last commit left them for the next one
         self.store = FaultyStore(world, self)
         self.transport = SimTransport(world, self)
         rules = Rules(
@@ -162,6 +163,9 @@ class SimTransport:
 
     def room(self, base: str) -> int:
         return max(0, self.slots - len(self.live))
+
+    def passes(self, base: str, queue: str) -> bool:
+        return self.room(base) > 0
 
     def send(self, delivery: Delivery) -> None:
         fence = delivery.claim[:2]

@@ -42,6 +42,9 @@ class Carrier:
     def room(self, base: str) -> int:
         return max(0, self.slots - len(self.sent))
 
+    def passes(self, base: str, queue: str) -> bool:
+        return self.room(base) > 0
+
     def send(self, delivery: Delivery) -> None:
         if self.broken:
             self.broken = False

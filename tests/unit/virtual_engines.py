@@ -164,6 +164,9 @@ class Node:
     def room(self, base: str) -> int:
         return max(0, self.slots - self.free[base] - self._in_line(base) + self.look_ahead)
 
+    def passes(self, base: str, queue: str) -> bool:
+        return self.free[base] < self.slots
+
     def _in_line(self, base: str) -> int:
         return sum(1 for _ in self.lines.get(base, ()))
 
