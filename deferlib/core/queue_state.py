@@ -62,9 +62,10 @@ class QueueState:
             return Decision(reason=f"at {self.in_flight}/{self.config.max_concurrent} concurrent")
         return closed
 
-    def backlogged(self, now: Micros) -> bool:
-        """Tell whether it may have something due that it dispatches, if not at once."""
-        return self.look_at <= now and self.config.mode is Mode.PUSH and not self.disabled and not self.paused
+    @property
+    def live(self) -> bool:
+        """Whether it dispatches, if not at once."""
+        return self.config.mode is Mode.PUSH and not self.disabled and not self.paused
 
     @property
     def crowded(self) -> bool:

@@ -121,9 +121,10 @@ class Scheduler:
         self._sharing.queues = Counter(map(self._base, live))
 
     def quiet(self, now: Micros) -> list[str]:
-        """Return the queues that have nothing due, as far as is known, where others have a backlog."""
-        names = [name for name, queue in self._queues.items() if queue.look_at > now]
-        return names if any(queue.backlogged(now) for queue in self._queues.values()) else []
+        """Return the queues with nothing due, as far as is known, or nothing on its way, where others have a backlog."""
+        live = [queue for queue in self._queues.values() if queue.live]
+        names = [queue.config.name for queue in live if queue.look_at > now or not queue.in_flight]
+        return names if any(queue.in_flight and queue.look_at <= now for queue in live) else []
 
     def woken(self, now: Micros) -> list[str]:
         """Take a hint: any queue may have something due. Returns those where that isn't known."""
@@ -188,8 +189,8 @@ class Scheduler:
                 continue
             base = self._base(queue)
             if self._sharing.idle(base, name) and self._health.room(base, now, 1) and passes(base, name):
-                specs.append(self._spec(queue, min(1, queue.allowance(now)), now))
-        return [spec for spec in specs if spec.limit]
+                specs.append(self._spec(queue, 1, now))
+        return specs
 
     def full(self, now: Micros, room: Callable[[str], int]) -> list[str]:
         """Return the queues without a free slot where a fail-fast task may be due: those tasks don't wait for one.

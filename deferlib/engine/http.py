@@ -164,8 +164,8 @@ class HttpTransport:
 
     def wait(self, until: Micros) -> None:
         """Work until there is a result, a wake, or the clock reaches *until*; take all that is ready by then."""
-        if self._waker.is_set and not self._hurried:  # to start what was sent takes a millisecond: what it is about first
-            self._waker.clear()
+        if self._waker.is_set and not self._hurried and any(self._left < target.shared_until for target in self._fresh):
+            self._waker.clear()  # to start what was sent takes a millisecond: first what has just come, perhaps of another
             self._hurried = True
             return
         self._hurried = False

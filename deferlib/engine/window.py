@@ -11,6 +11,7 @@ from deferlib.core.model import SECOND, Micros
 
 WAIT: Micros = 2_500  # in the server: enough to keep it busy until the next request arrives, once the engine is back
 SHARED: Micros = 300  # where several queues come to it, or a quarter of what the calls take
+LONG: Micros = 5_000  # calls: one of them that waits there is too much for the next one of a quiet queue
 LEAST = 2.0  # requests; where several queues come, one: then the next one of a quiet queue waits for half of it on average
 STALL: Micros = SECOND // 50  # without any answer: one more goes, for what is there may take long and hold up nobody
 _LATELY: Micros = 30 * SECOND  # the best case is that of the last one to two of these
@@ -41,12 +42,14 @@ class Window:
         self._best = waited if self._best is None else min(self._best, waited)
         extra = waited - (self._best if self._former is None else min(self._best, self._former))
         enough, least = (max(SHARED, took // 4), 1.0) if shared else (WAIT, LEAST)
+        step, back = 1.0, 0.5 if extra > took + 4 * enough else 0.1  # where requests wait longer than they run, most do
+        if shared and took > LONG:
+            step, back = 0.25, 0.5
         if extra <= enough:
             if full:
-                self.size = min(self.size + 1 / self.size, self._most)  # one more in each round
+                self.size = min(self.size + step / self.size, self._most)  # one more in each round, or in four
         elif extra > 2 * enough:
-            # Where requests wait longer than they run, most of them do.
-            self.size = max(self.size - (0.5 if extra > took + 4 * enough else 0.1), least)
+            self.size = max(self.size - back, least)
 
     def stalled(self, now: Micros) -> bool:
         """Tell whether one more request may go although the window is full, because no answer has come for a while.

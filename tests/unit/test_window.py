@@ -57,6 +57,37 @@ def test_requests_wait_less_in_a_server_that_several_queues_share() -> None:
     assert max(waits[-1_000:]) <= 3 * SHARED
 
 
+def test_hardly_any_wait_where_several_queues_share_a_server_that_is_busy_all_the_same() -> None:
+    window = Window(32)
+    served(window, 2_000, 10_000, workers=1, shared=True)
+
+    elapsed, waits = served(window, 500, 10_000, workers=1, way=500, begin=1_000 * SECOND, shared=True)
+
+    assert max(waits) <= 10_000, "one runs, and at most one waits"
+    assert sum(waits) / len(waits) <= 5_000, "mostly none"
+    assert elapsed <= 500 * 10_500 * 1.01
+
+
+@pytest.mark.parametrize("workers", [1, 4, 30])
+@pytest.mark.parametrize("took", [2_000, 50_000, SECOND])
+def test_all_workers_of_a_shared_server_are_kept_busy(workers: int, took: Micros) -> None:
+    window = Window(32)
+    served(window, 2_000, took, workers=workers, shared=True)
+
+    elapsed, _ = served(window, 1_000, took, workers=workers, begin=10**12, shared=True)
+
+    assert 1_000 * took / workers >= 0.95 * elapsed - took
+
+
+def test_waits_that_are_short_beside_their_calls_shrink_no_shared_window() -> None:
+    window = Window(32)
+
+    for now in range(0, 1_000_000, 10_000):
+        window.answered(now, now % 20_000 // 2, SECOND // 20, full=True, shared=True)
+
+    assert window.size == 32
+
+
 def test_slow_calls_wait_here_and_not_in_their_server() -> None:
     window = Window(32)
 
