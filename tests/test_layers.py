@@ -36,6 +36,9 @@ STORES = {
     "store.sqlite_statements",
     "store.sqlite_seat",
     "store.sqlite_file",
+    "store.sqlite_log",
+    "store.sqlite_forks",
+    "store.checkpointer",
     "store.datagram",
     "store.postgres",
 }
