@@ -2,20 +2,20 @@
 
 SQLite does it within a commit, once the log is long: 3 to 9 ms of an engine's turn, of the disk mostly. Here it is another
 connection's work. While it copies others go on writing, behind what it copies; the log begins anew only when all of it has
-its place in the database. So it copies what has come meanwhile, too, until a round finds nothing new: the second or third.
+its place in the database. So what has come meanwhile is copied, too, and nobody writes while that is done (`_copy_log`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 from collections.abc import Callable
 
 import apsw
 
 _LATE = 4_000  # pages: whoever finds so many copies them in its commit after all; only where a reader never ends
-_ROUNDS = 4
-_PAUSE = 0.05  # seconds, after rounds that have not copied all
+_PAUSE = 0.05  # seconds, after a try that has not copied all
 
 
 class Checkpointer:
@@ -24,7 +24,7 @@ class Checkpointer:
     def __init__(self, copy: Callable[[], tuple[int, int]], pages: int) -> None:
         self._copy = copy
         self._pages = pages
-        self._asked = threading.Event()
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # put from commits, which may be interrupted anywhere
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="deferlib-checkpoints", daemon=True)
 
@@ -34,7 +34,7 @@ class Checkpointer:
     def stop(self) -> None:
         """End the thread; what it is at is finished first."""
         self._ended.set()
-        self._asked.set()
+        self._asked.put(False)
         self._thread.join()
 
     def committed(self, connection: apsw.Connection, name: str, pages: int) -> int:
@@ -42,17 +42,12 @@ class Checkpointer:
         if pages >= _LATE:
             with contextlib.suppress(apsw.Error):  # the thread is at it
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-        elif pages >= self._pages and not self._asked.is_set():
-            self._asked.set()
+        elif pages >= self._pages and self._asked.empty():
+            self._asked.put(True)
         return apsw.SQLITE_OK
 
     def _run(self) -> None:
-        while not self._ended.is_set():
-            self._asked.wait()
-            self._asked.clear()
-            for _ in range(_ROUNDS):
-                pages, copied = self._copy()
-                if copied >= pages or self._ended.is_set():
-                    break
-            else:
+        while self._asked.get():
+            pages, copied = self._copy()
+            if copied < pages:
                 self._ended.wait(_PAUSE)

@@ -23,7 +23,17 @@ from deferlib.store.datagram import Hints
 from deferlib.store.fairlock import FairLock
 from deferlib.store.presence import Presence
 from deferlib.store.shared_commit import Job, Line, do, end
-from deferlib.store.sqlite_file import check_file, create, definite, extend_log, migrate, translated, translation, upgrade
+from deferlib.store.sqlite_file import (
+    check_file,
+    create,
+    definite,
+    extend_log,
+    migrate,
+    translated,
+    translation,
+    unsynced,
+    upgrade,
+)
 from deferlib.store.sqlite_log import Log
 from deferlib.store.sqlite_seat import Seat
 from deferlib.store.sqlite_tx import SqliteTx
@@ -37,6 +47,7 @@ MEMORY = ":memory:"
 # this size when it starts: the first 800 defer() after that took 330 µs each, so 225.
 _CHECKPOINT_PAGES = 2_000
 _COPIED_PAGES = 1_500  # where an engine has a thread for that: it is done before the log is longer
+_INSTANT = 0.01  # seconds for which the thread may keep others from writing, beside what it takes to copy some pages
 _A_MOMENT = 0.25  # seconds to wait for others with what is for speed only
 _TORN = (
     "{}: this process was forked within a transaction of its parent, and shares locks with it that SQLite can't part. "
@@ -60,7 +71,7 @@ class SqliteStore:
         self._reader = self._writer if self._memory else Seat(busy_seconds)  # in memory the connection is the database
         self._poller = Seat(0)
         self._copier = Seat(0)
-        self._checkpointer: Checkpointer | None = None  # in a process that serves the store
+        self._checkpointers: list[Checkpointer] = []  # one for each engine of this process; the first one works
         self._line = Line()
         self._leaders = FairLock()  # of who writes for the line: from its turn on *writer* until that is synced
         self._watches: list[Watch] = []
@@ -219,43 +230,71 @@ class SqliteStore:
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
         """Have a thread that does the checkpoints while the block lasts."""
-        if self._checkpointer is not None:  # another engine of this process has one
-            yield
-            return
-        checkpointer = self._checkpointer = Checkpointer(self._copy_log, _COPIED_PAGES)
+        checkpointer = Checkpointer(self._copy_log, _COPIED_PAGES)
         checkpointer.start()
-        self._tell_checkpointer()
         try:
+            self._checkpointers.append(checkpointer)
+            self._tell_writer()
             yield
         finally:
-            if self._checkpointer is checkpointer:  # a forked child has none
-                self._checkpointer = None
-                self._tell_checkpointer()
+            if checkpointer in self._checkpointers:  # a forked child has none
+                self._checkpointers.remove(checkpointer)
+                self._tell_writer()
                 checkpointer.stop()
-                self._close(self._copier)
+                if not self._checkpointers:
+                    self._close(self._copier)
 
-    def _tell_checkpointer(self) -> None:
-        with contextlib.suppress(errors.StoreError), self._turn(self._writer):
-            assert self._writer.connection is not None
-            self._attend_log(self._writer.connection)
+    def _tell_writer(self) -> None:
+        if self._within():
+            return
+        turn = self._writer.lock.acquire()
+        try:
+            if self._writer.connection is not None:  # else whoever opens it does this
+                self._attend_log(self._writer.connection)
+        finally:
+            self._writer.lock.release(turn)
 
     def _attend_log(self, connection: apsw.Connection) -> None:
         """See to it that what *connection* writes into the log is copied into the database."""
-        if self._checkpointer is not None:
-            connection.set_wal_hook(self._checkpointer.committed)
+        checkpointer = next(iter(self._checkpointers), None)
+        if checkpointer is not None:
+            connection.set_wal_hook(checkpointer.committed)
         else:
             connection.wal_autocheckpoint(_CHECKPOINT_PAGES)
 
     def _copy_log(self) -> tuple[int, int]:
-        """Do a checkpoint; return how many pages the log has, and how many of them are in the database by now."""
+        """Do a checkpoint; return how many pages the log has, and how many of them are in the database by now.
+
+        Then another one, which keeps others from writing: it has little to copy, and without it two processes that write
+        all the time had a log of 7,000 pages. One of them always commits while the pages of the one before are synced.
+        """
         seat = self._copier
         turn = seat.lock.acquire()
         try:
-            return self._connection(seat).wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-        except (apsw.Error, errors.StoreError):  # busy: another process is at it; else whoever writes next will tell
-            return 0, 0
+            if self._writer.connection is None:  # closed: its next commit will tell, and must make the file if it is gone
+                return 0, 0
+            connection = self._connection(seat)
+            pages, copied = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            if copied < pages:  # somebody reads what the rest would overwrite
+                return pages, copied
+            seat.until = time.monotonic() + _INSTANT
+            return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+        except (apsw.Error, errors.StoreError) as error:  # busy, mostly: another process is at it
+            lost = unsynced(error)
         finally:
             seat.lock.release(turn)
+        if lost:
+            self._start_log_anew()
+        return 1, 0
+
+    def _start_log_anew(self) -> None:
+        """Do as a failed sync of our own does: others write behind what may be lost, and a second sync would lie."""
+        with contextlib.suppress(errors.StoreError):
+            with self._turn(self._writer):
+                self._writer.close()
+                self._writer.suspect = True
+            with self._turn(self._writer):
+                pass
 
     def _extend_log(self) -> None:
         with self._turn(self._writer):
@@ -489,7 +528,7 @@ class SqliteStore:
             self._presence.abandon()
         for seat in self._seats:
             seat.lock = FairLock()
-        self._checkpointer = None
+        self._checkpointers = []
         for watch in self._watches:
             watch.abandon()
         self._watches = []

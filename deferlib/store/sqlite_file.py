@@ -215,3 +215,10 @@ def definite(error: apsw.Error) -> bool:
     if isinstance(error, apsw.IOError):
         return bool(error.extendedresult == apsw.SQLITE_IOERR_WRITE)  # type: ignore[attr-defined]  # not in its stubs
     return isinstance(error, apsw.FullError | apsw.BusyError | apsw.ReadOnlyError)
+
+
+def unsynced(error: Exception) -> bool:
+    """Tell whether *error* is that of a failed sync."""
+    if isinstance(error, apsw.IOError):
+        return bool(error.extendedresult == apsw.SQLITE_IOERR_FSYNC)  # type: ignore[attr-defined]  # not in its stubs
+    return False

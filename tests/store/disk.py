@@ -28,9 +28,10 @@ class Write(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """A sync of a file that has ended."""
+    """A sync of a file that has ended; it began when there were *began* events, and covers what was written before."""
 
     file: str
+    began: int
 
 
 class Promise(NamedTuple):
@@ -60,8 +61,9 @@ class Recording:
         flush = sqlite_log.flush
 
         def recorded(descriptor: int) -> None:
+            began = len(self.events)
             flush(descriptor)
-            self.events.append(Sync(os.readlink(f"/proc/self/fd/{descriptor}")))
+            self.events.append(Sync(os.readlink(f"/proc/self/fd/{descriptor}"), began))
 
         monkeypatch.setattr(sqlite_log, "flush", recorded)
         apsw.set_default_vfs(_VFS)
@@ -97,8 +99,9 @@ class _File(apsw.VFSFile):
         self._events.append(Write(self._name, newsize, None))
 
     def xSync(self, flags: int) -> None:
+        began = len(self._events)
         super().xSync(flags)
-        self._events.append(Sync(self._name))
+        self._events.append(Sync(self._name, began))
 
 
 class Wreck(NamedTuple):
@@ -112,22 +115,23 @@ class Wreck(NamedTuple):
 def wrecks(recording: Recording, rng: Random, share: float) -> Iterator[Wreck]:
     """Cut the power after a *share* of the events, and keep none, all and some of what wasn't synced then."""
     synced = {file: bytearray(content) for file, content in recording.start.items()}
-    unsynced: list[Write] = []
+    unsynced: list[tuple[int, Write]] = []
     promised: list[Promise] = []
     for place, event in enumerate(recording.events):
         match event:
             case Write():
-                unsynced.append(event)
+                unsynced.append((place, event))
             case Promise():
                 promised.append(event)
-            case Sync(file):
-                for write in unsynced:
-                    if write.file == file:
+            case Sync(file, began):
+                for at, write in unsynced:
+                    if write.file == file and at < began:
                         _apply(synced[file], write)
-                unsynced = [write for write in unsynced if write.file != file]
+                unsynced = [(at, write) for at, write in unsynced if write.file != file or at >= began]
         if rng.random() < share:
             for how in ("none", "all", "some", "some", "torn", "torn"):
-                yield Wreck(_left(synced, unsynced, how, rng), promised[:], f"{how} of {len(unsynced)} after event {place}")
+                left = _left(synced, [write for _, write in unsynced], how, rng)
+                yield Wreck(left, promised[:], f"{how} of {len(unsynced)} after event {place}")
 
 
 def _left(synced: dict[str, bytearray], unsynced: list[Write], how: str, rng: Random) -> dict[str, bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,17 +30,22 @@ def recording(tmp_path: Path) -> Recording:
     return Recording(path)
 
 
-def work(recording: Recording, monkeypatch: pytest.MonkeyPatch, seed: int = 1) -> None:
-    """Have two stores add, claim and settle in turn, as two processes do."""
-    monkeypatch.setattr(sqlite, "_CHECKPOINT_PAGES", 60)  # the log starts anew again and again
+def work(recording: Recording, monkeypatch: pytest.MonkeyPatch, seed: int = 1, served: bool = False) -> None:
+    """Have two stores add, claim and settle in turn, as two processes do; one of them serves, or neither."""
+    monkeypatch.setattr(sqlite, "_CHECKPOINT_PAGES", 2_000 if served else 60)  # the log starts anew again and again
+    monkeypatch.setattr(sqlite, "_COPIED_PAGES", 60)
+    monkeypatch.setattr(SqliteStore, "_extend_log", lambda store: None)  # it would be most of what is recorded
     rng = Random(seed)
-    with recording.on(monkeypatch):
+    with recording.on(monkeypatch), contextlib.ExitStack() as serving:
         stores = [SqliteStore(recording.path), SqliteStore(recording.path)]
+        if served:
+            serving.enter_context(stores[0].serving(lambda: None))
         unsynced: list[list[int]] = [[], []]
         for id in range(1, STEPS):
             which = rng.randrange(2)
             step = rng.choice((_add, _add, _add_heard_late, _run_some, _sync))
             step(recording, stores, which, id, rng, unsynced)
+        serving.close()
         end = len(recording.events)
         for store in stores:
             store.close()
@@ -148,14 +155,15 @@ def broken_ones(recording: Recording, folder: Path, share: float, seed: int = 1)
     return found
 
 
+@pytest.mark.parametrize(("served", "share"), [(False, 0.08), (True, 0.05)])
 def test_power_cut_loses_nothing_that_was_acknowledged(
-    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: bool, share: float
 ) -> None:
-    work(recording, monkeypatch)
+    work(recording, monkeypatch, served=served)
 
     file = [event for event in recording.events if event.__class__ in (Write, Sync) and event[0] == recording.path]
     assert sum(isinstance(event, Sync) for event in file) > 10, "checkpoints are a part of it"
-    assert broken_ones(recording, tmp_path, share=0.08) == []
+    assert broken_ones(recording, tmp_path, share) == []
 
 
 def early(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +200,21 @@ def unordered(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SqliteStore, "_set_up", off)
 
 
+def unordered_thread(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SQLite sync nothing in the thread that does the checkpoints."""
+    set_up = SqliteStore._set_up
+
+    def off(store: SqliteStore, connection: apsw.Connection) -> None:
+        set_up(store, connection)
+        if threading.current_thread().name == "deferlib-checkpoints":
+            connection.pragma("synchronous", 0)
+
+    monkeypatch.setattr(SqliteStore, "_set_up", off)
+
+
 @pytest.mark.parametrize(
-    ("sabotage", "shown"), [(early, "lost"), (early, "come back"), (own_writes_only, "free again"), (unordered, "")]
+    ("sabotage", "shown"),
+    [(early, "lost"), (early, "come back"), (own_writes_only, "free again"), (unordered, ""), (unordered_thread, "")],
 )
 def test_power_cut_shows_that_a_sync_is_missing(
     recording: Recording,
@@ -204,7 +225,7 @@ def test_power_cut_shows_that_a_sync_is_missing(
 ) -> None:
     sabotage(recording, monkeypatch)
 
-    work(recording, monkeypatch)
+    work(recording, monkeypatch, served=sabotage is unordered_thread)
 
     found = broken_ones(recording, tmp_path, share=0.03)
     assert [what for what in found if shown in what]
