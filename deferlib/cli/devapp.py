@@ -65,7 +65,11 @@ class Reports:
         self._lock = threading.Lock()
         self._heard = threading.Event()
         os.register_at_fork(after_in_child=self._forked)
+        # Signals are the main thread's: Ctrl-C and the parent's SIGTERM come together, and on a busy machine the second of
+        # two is given to another thread, if it takes any; then nothing interrupts what the main one waits in.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         threading.Thread(target=self._listen, args=(plan.parent,), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _forked(self) -> None:
         """Let go: a process that the app has forked must not keep the parent waiting for the end of this one."""

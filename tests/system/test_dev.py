@@ -480,6 +480,22 @@ def test_ctrl_c_while_the_app_is_imported_ends_quietly_and_soon(desk: Desk) -> N
     assert desk.out == "importing\n"
 
 
+def test_signals_while_the_app_is_imported_are_the_main_threads(desk: Desk) -> None:
+    desk.save(
+        "GREETING =",
+        """
+import os
+for id in os.listdir("/proc/self/task"):
+    with open(f"/proc/self/task/{id}/status") as status:
+        [mask] = [int(line.split()[1], 16) for line in status if line.startswith("SigBlk:")]
+    print("main" if int(id) == os.getpid() else "other", {number for number in (2, 15) if mask >> number - 1 & 1} or "none")
+GREETING =""",
+    )
+    with desk.dev():
+        desk.sees("until Ctrl-C")
+        assert re.findall("^(main|other) (.*)", desk.out, re.MULTILINE) == [("main", "none"), ("other", "{2, 15}")]
+
+
 def test_mistake_in_queue_yaml_is_mended_by_saving_queue_yaml(desk: Desk) -> None:
     queue_yaml = desk.folder / "queue.yaml"
     queue_yaml.write_text("queue:\n- name: mail\n")
