@@ -17,11 +17,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# By two workers: one has what starts processes, the other all the rest (tests/conftest.py).
 fast: setup
-	$(BIN)/pytest tests/unit tests/store tests/sim
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests/unit tests/store tests/sim
 
 test: setup lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 # Not by way of setup: whoever only wants to see it run needs neither linters nor web frameworks.
 demo: $(VENV)/.demo

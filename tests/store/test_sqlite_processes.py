@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
@@ -264,13 +266,12 @@ with store.watch(lambda: None):
 
 
 @pytest.fixture
-def hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hints(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give the sockets a folder of this test's own, and no poll to help them; return the folder's folder."""
-    folder = tmp_path / "s"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(watch, "POLL_SECONDS", 60)
-    return folder
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # below tmp_path a socket's path would be too long
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 def sockets(hints: Path) -> list[str]:

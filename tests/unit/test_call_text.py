@@ -23,7 +23,7 @@ from deferlib import keys, payload
 from deferlib.call_text import CallText, call_text, read_call
 from deferlib.payload import Binding
 from deferlib.secret_names import is_secret
-from tests.unit.test_disassembly import REAL, mutants
+from tests.unit.test_disassembly import REAL, mutants, shown
 
 RING = keys.parse("a-key-of-sixteen-bytes-or-more")
 OTHER = keys.parse("another-key-of-sixteen-bytes")
@@ -177,7 +177,7 @@ def test_forged_call_is_shown_by_what_its_pickle_names_not_by_its_label() -> Non
         (User.all, f"{PLACE}.User.all"), (functools.partial(call, 1), f"functools.partial({PLACE}.call, 1)"),
         (7, "…"), ([1], "…"),
     ],
-    ids=str,
+    ids=shown,
 )  # fmt: skip
 def test_callable_of_any_form_is_shown_unverified(value: object, text: str) -> None:
     data = of_pickles(pickle.dumps(value), pickle.dumps(((), {})))
