@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import requests
 
 from deferlib import deferred, payload, taskqueue
 from deferlib.taskqueue.limits import MAX_TASKS_PER_ADD
-from tests.system.processes import TIMEOUT, Site, listens, wait_until, whole_lines
+from tests.system.processes import TIMEOUT, Site, end, listens, wait_until, whole_lines
 
 VIEWS = '''
 """The system tests' app with views: one defers, one shows the headers that it was sent."""
@@ -155,8 +154,7 @@ class Web:
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         """Stop the server as systemd would, and wait until the port is free."""
-        process.send_signal(signal.SIGTERM)
-        process.wait(TIMEOUT)
+        end(process)
         wait_until(lambda: not listens(self._port), "nobody listens any longer")
 
     def pids(self) -> set[str]:

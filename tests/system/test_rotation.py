@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import pytest
 
 import deferlib
 from deferlib import config, keys
-from tests.system.processes import TIMEOUT, Site, free_port, listens, wait_until
+from tests.system.processes import TIMEOUT, Site, end, free_port, listens, wait_until
 
 OLD, NEW = "old-key-0123456789abcdef", "new-key-0123456789abcdef"
 OLD_ID, NEW_ID = (keys.Key(secret.encode()).id.hex() for secret in (OLD, NEW))
@@ -74,7 +73,7 @@ class Installation:
             case _:
                 command = [sys.executable, "producer.py", f"{role}-{self._starts}"]
                 process = stack.enter_context(self.site.process(command, **environ))
-        stack.callback(self._end, process)
+        stack.callback(end, process)
 
     def stop(self, role: str) -> None:
         self._running.pop(role).close()
@@ -82,11 +81,6 @@ class Installation:
     def close(self) -> None:
         while self._running:
             self._running.popitem()[1].close()
-
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """End it as its supervisor would."""
-        process.send_signal(signal.SIGTERM)
-        process.wait(TIMEOUT)
 
     def added(self) -> set[str]:
         return {call for path in self.site.folder.glob("added-*") for call in path.read_text().split()}
