@@ -17,7 +17,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# By two workers: one has what starts processes, the other all the rest (tests/conftest.py).
+# By two workers: one has what starts servers and engines, the other all the rest (tests/conftest.py).
 fast: setup
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests/unit tests/store tests/sim
 

@@ -1,4 +1,4 @@
-"""How the tests are shared between two workers (`make test`): by file, but whoever starts processes comes one by one."""
+"""How two workers share the tests (`make test`): by file, but what starts servers and engines comes one by one."""
 
 from __future__ import annotations
 
